@@ -1,0 +1,26 @@
+"""Chain attention for transformers models: ``from_pretrained(..., attn_implementation="chain")`` after this import.
+
+One layer follows references of any depth, ``Y = (1 - gamma) A (I - gamma A)^-1 V`` (arXiv 2410.05565).
+"""
+
+from hf_chainattn.api import chain_attention
+from hf_chainattn.config import ChainAttentionConfig
+from hf_chainattn.errors import UnsupportedCacheError, UnsupportedModelError
+from hf_chainattn.integration import is_registered, register, unregister
+from hf_chainattn.models import disable_chain_attention, enable_chain_attention
+from hf_chainattn.reference import chain_attention_reference
+
+__all__ = [
+    "ChainAttentionConfig",
+    "UnsupportedCacheError",
+    "UnsupportedModelError",
+    "chain_attention",
+    "chain_attention_reference",
+    "disable_chain_attention",
+    "enable_chain_attention",
+    "is_registered",
+    "register",
+    "unregister",
+]
+
+register()

@@ -1,0 +1,323 @@
+"""Chain attention inside real transformers models: equality, padding, refusals, and the way to disk and back."""
+
+import copy
+import importlib
+import json
+import pickle
+
+import pytest
+import torch
+import transformers
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+import hf_chainattn
+from hf_chainattn import UnsupportedCacheError, UnsupportedModelError, disable_chain_attention, enable_chain_attention
+from hf_chainattn.integration import chain_attention_forward
+from tests.helpers.tiny_models import LAYERS, tiny_batch, tiny_model
+
+MODELS = ["gpt2", "llama", "bert", "vit"]
+TEXT_MODELS = ["gpt2", "llama", "bert"]
+
+
+def sharpened(name, *, dtype=torch.float64, **arguments):
+    """The tiny model with larger attention weights: at its initialisation attention is nearly uniform."""
+    model = tiny_model(name, dtype=dtype, **arguments)
+    with torch.no_grad():
+        for module in model.modules():
+            if "Attention" in type(module).__name__:
+                for parameter in module.parameters(recurse=True):
+                    if parameter.ndim == 2:
+                        parameter.mul_(3)
+    return model
+
+
+def chained(name, gamma, *, diagonal="kept", dtype=torch.float64):
+    return enable_chain_attention(sharpened(name, dtype=dtype), gamma=gamma, diagonal=diagonal)
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+
+
+def real(batch, logits):
+    """The logits at positions that are not padding."""
+    return logits[batch["attention_mask"].bool()] if "attention_mask" in batch else logits
+
+
+def inverse_oracle(gamma, diagonal):
+    """An eager attention function in float64 that inverts the matrix, fed by transformers' own eager mask."""
+
+    def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, dim=1).double() for tensor in (key, value))
+        scores = query.double() @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        if attention_mask is None:
+            hidden = torch.zeros_like(scores, dtype=torch.bool)
+        else:
+            hidden = attention_mask.expand_as(scores) < -1e30
+        weights = scores.exp() * ~hidden
+        attention = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+        inside = attention * (1 - torch.eye(scores.shape[-1])) if diagonal == "removed" else attention
+        inverse = torch.linalg.inv(torch.eye(scores.shape[-1], dtype=torch.float64) - gamma * inside)
+        output = (1 - gamma) * attention @ inverse @ value
+        return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+    return forward
+
+
+@pytest.fixture
+def count_dispatches(monkeypatch):
+    calls = []
+
+    def counting(module, *args, **kwargs):
+        calls.append(module)
+        return chain_attention_forward(module, *args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "chain", counting)
+    return calls
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", MODELS)
+def test_gamma_zero_equals_sdpa(name, dtype, tolerance, padding):
+    """Oracle: the same weights with attn_implementation="sdpa"."""
+    batch = tiny_batch(name, dtype=dtype, padding=padding)
+    expected = logits_of(sharpened(name, dtype=dtype, attn_implementation="sdpa"), batch)
+    actual = logits_of(chained(name, 0.0, dtype=dtype), batch)
+    assert (real(batch, actual) - real(batch, expected)).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("diagonal", ["kept", "removed"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gamma_of_nine_tenths_equals_a_matrix_inverse_in_the_eager_path(
+    name, padding, diagonal, monkeypatch, count_dispatches
+):
+    """Oracle: the matrix inverse, patched into the model's own eager function; sdpa is the negative control."""
+    batch = tiny_batch(name, padding=padding)
+    model = chained(name, 0.9, diagonal=diagonal)
+    actual = real(batch, logits_of(model, batch))
+    assert len(count_dispatches) == len(set(count_dispatches)) == LAYERS
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    monkeypatch.setattr(module, "eager_attention_forward", inverse_oracle(0.9, diagonal))
+    expected = real(batch, logits_of(sharpened(name, attn_implementation="eager"), batch))
+    assert (actual - expected).abs().max() <= 1e-10
+    ordinary = real(batch, logits_of(sharpened(name, attn_implementation="sdpa"), batch))
+    assert (actual - ordinary).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_padding_cannot_leak(name, padding, dtype):
+    """Oracle: bit equality when only what stands in the padding changes."""
+    batch = tiny_batch(name, padding=padding)
+    model = chained(name, 0.9, dtype=dtype)
+    padded = batch["attention_mask"] == 0
+    other = batch | {"input_ids": torch.where(padded, (batch["input_ids"] + 17) % 101, batch["input_ids"])}
+    assert torch.equal(real(batch, logits_of(model, batch)), real(batch, logits_of(model, other)))
+    # negative control: without the mask the change is felt, by causal models where the padding comes first
+    for each in (batch, other):
+        del each["attention_mask"]
+    felt = not torch.equal(logits_of(model, batch)[~padded], logits_of(model, other)[~padded])
+    assert felt == (name == "bert" or padding == "left")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_gradients_reach_every_parameter(name):
+    model = chained(name, 0.9).train()
+    model(**tiny_batch(name)).loss.backward()
+    missing = [key for key, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    unused = {"vit.pooler", "bert.pooler"}
+    assert not [key for key in missing if key.rsplit(".dense", 1)[0] not in unused]
+
+
+def test_gradient_checkpointing_changes_nothing():
+    """Oracle: the gradients without checkpointing."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = chained("llama", 0.9).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model(**tiny_batch("llama")).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_generation_without_cache_is_greedy_search(name):
+    """Oracle: an argmax loop over whole-sequence forwards."""
+    model = chained(name, 0.9)
+    prompt = tiny_batch(name)["input_ids"][:1]
+    generated = model.generate(prompt, max_new_tokens=5, do_sample=False, use_cache=False, eos_token_id=None)
+    expected = prompt
+    for _ in range(5):
+        expected = torch.cat([expected, logits_of(model, {"input_ids": expected})[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(generated, expected)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_cached_generation_is_refused(name, cache):
+    model = chained(name, 0.9)
+    with pytest.raises(UnsupportedCacheError, match="use_cache=False"):
+        model.generate(
+            tiny_batch(name)["input_ids"][:1],
+            max_new_tokens=3,
+            use_cache=True,
+            cache_implementation=None if cache == "dynamic" else cache,
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("bloom", "never calls the attention interface"), ("t5", "cross-attention"), ("bart", "cross")],
+)
+def test_models_that_cannot_chain_are_refused_and_left_alone(name, reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        tiny_model(name, attn_implementation="chain")
+    model = tiny_model(name)
+    before = model.config.to_dict(), model.config._attn_implementation
+    with pytest.raises(UnsupportedModelError, match=reason):
+        enable_chain_attention(model)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        model.set_attn_implementation("chain")
+    assert (model.config.to_dict(), model.config._attn_implementation) == before
+    assert not [module for module in model.modules() if module._forward_pre_hooks]
+
+
+def test_cross_attention_is_refused_even_where_lengths_agree():
+    """A decoder layer of a model class that hides its cross-attention from the config."""
+    config = transformers.BertConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=11,
+        is_decoder=True,
+    )
+    model = enable_chain_attention(transformers.BertModel(config))
+    attention = model.encoder.layer[0].attention.self
+    states = torch.zeros(1, 3, 32)
+    with pytest.raises(UnsupportedModelError, match="called with encoder_hidden_states"):
+        attention(states, encoder_hidden_states=states)
+    with pytest.raises(UnsupportedModelError, match="cross-attention"):
+        transformers.BertModel._from_config(
+            transformers.BertConfig(**config.to_dict() | {"add_cross_attention": True}), attn_implementation="chain"
+        )
+
+
+def llava():
+    text = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=8
+    )
+    return transformers.LlavaConfig(text_config=text, vision_config=vision)
+
+
+def test_models_of_several_parts_are_asked_for_by_part():
+    with pytest.raises(UnsupportedModelError, match=r"LlavaModel is made of several models.*'chain'"):
+        transformers.LlavaModel._from_config(llava(), attn_implementation="chain")
+    model = transformers.LlavaModel._from_config(
+        llava(), attn_implementation={"": "sdpa", "text_config": "chain", "vision_config": "sdpa"}
+    )
+    assert model.language_model.config.chain_attention == {"gamma": 0.9, "diagonal": "kept"}
+    assert model.vision_tower.config.chain_attention is None
+
+
+def test_a_failing_switch_restores_every_part():
+    model = transformers.LlavaModel._from_config(llava(), attn_implementation="sdpa")
+    with pytest.raises(UnsupportedModelError, match="several models"):
+        model.set_attn_implementation({"": "chain", "text_config": "chain", "vision_config": "sdpa"})
+    assert model.config._attn_implementation == "sdpa"
+    assert model.language_model.config._attn_implementation == "sdpa"
+    assert model.language_model.config.chain_attention is None
+    assert not [module for module in model.modules() if module._forward_pre_hooks]
+
+
+@pytest.mark.parametrize("value", [{"gamma": 1.0}, {"gamma": -1}, {"gama": 0.5}, {"diagonal": "none"}])
+def test_bad_settings_fail_at_construction(value):
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11)
+    config.chain_attention = value
+    with pytest.raises(ValueError, match=r"gamma must be in|unknown \['gama'\]|diagonal must be"):
+        AutoModelForCausalLM.from_config(config, attn_implementation="chain")
+
+
+def test_a_config_that_is_no_dict_is_named():
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11)
+    config.chain_attention = 0.9
+    with pytest.raises(TypeError, match="must be a dict"):
+        AutoModelForCausalLM.from_config(config, attn_implementation="chain")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_reloads_as_chain_with_its_settings(name, tmp_path):
+    """Oracle: bit equality of the outputs before and after."""
+    model = chained(name, 0.7, diagonal="removed")
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["attn_implementation"] == "chain"
+    assert stored["chain_attention"] == {"gamma": 0.7, "diagonal": "removed"}
+    reloaded = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert reloaded.config._attn_implementation == "chain"
+    batch = tiny_batch(name)
+    assert torch.equal(logits_of(reloaded, batch), logits_of(model, batch))
+    reloaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == stored
+
+
+def test_settings_travel_through_from_pretrained(tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    settings = {"gamma": 0.5, "diagonal": "removed"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="chain", chain_attention=settings)
+    assert model.config.chain_attention == settings
+    assert AutoConfig.from_pretrained(tmp_path, chain_attention=settings).chain_attention == settings
+
+
+def test_without_the_package_a_chain_checkpoint_fails_by_name(tmp_path):
+    chained("gpt2", 0.9).save_pretrained(tmp_path)
+    hf_chainattn.unregister()
+    try:
+        with pytest.raises(ValueError, match="chain"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    finally:
+        hf_chainattn.register()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_disabling_leaves_the_model_as_it_was(name):
+    """Oracle: a model that never had chain attention; outputs, config and hooks."""
+    never = sharpened(name, attn_implementation="sdpa")
+    model = disable_chain_attention(chained(name, 0.9))
+    batch = tiny_batch(name)
+    assert torch.equal(logits_of(model, batch), logits_of(never, batch))
+    assert model.config.to_dict() == never.config.to_dict()
+    assert not [module for module in model.modules() if module._forward_pre_hooks]
+    assert not [module for module in model.modules() if module._forward_pre_hooks_with_kwargs]
+
+
+def test_copies_and_pickles_keep_chain_attention():
+    model = chained("llama", 0.9)
+    batch = tiny_batch("llama")
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits_of(clone, batch), logits_of(model, batch))
+        disable_chain_attention(clone)
+        assert not [module for module in clone.modules() if module._forward_pre_hooks]
+    assert torch.equal(logits_of(model, batch), logits_of(chained("llama", 0.9), batch))
+
+
+def test_a_model_switched_behind_our_back_is_refused():
+    model = tiny_model("gpt2")
+    model.config._attn_implementation = "chain"
+    with pytest.raises(UnsupportedModelError, match="enable_chain_attention"):
+        logits_of(model, tiny_batch("gpt2"))
+
+
+def test_a_checkpoint_without_settings_is_told_once(caplog):
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            tiny_model("gpt2", attn_implementation="chain")
+    assert len([record for record in caplog.records if "has no `chain_attention` entry" in record.message]) <= 2
