@@ -1,0 +1,146 @@
+"""The command line: ``hf-certify run`` certifies images, ``hf-certify report`` checks the result and prints it."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from typer.models import OptionInfo
+
+from hf_certify.certify import certify_pipeline
+from hf_certify.config import CertifyConfig, IntervalName, MarginOption
+from hf_certify.errors import CertifyError
+from hf_certify.radius import format_down
+from hf_certify.report import CertificationReport
+from hf_certify.storage import prepare_folder
+
+if TYPE_CHECKING:
+    from transformers import ImageClassificationPipeline
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+app = typer.Typer(
+    help="Randomized-smoothing certificates for image classifiers.", no_args_is_help=True, add_completion=False
+)
+
+
+def _setting(name: str) -> OptionInfo:
+    """Return the option of a setting, with the help text of the setting."""
+    option: OptionInfo = typer.Option(help=CertifyConfig.help_text(name))
+    return option
+
+
+_DEFAULTS = CertifyConfig(sigma=1.0)
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of an image classifier with its image processor.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders whose image files are taken by name.")],
+    sigma: Annotated[float, _setting("sigma")],
+    output: Annotated[Path, typer.Option(help="Folder for the report; must be empty or new.")],
+    n0: Annotated[int, _setting("n0")] = _DEFAULTS.n0,
+    n: Annotated[int, _setting("n")] = _DEFAULTS.n,
+    alpha: Annotated[float, _setting("alpha")] = _DEFAULTS.alpha,
+    interval: Annotated[str, _setting("interval")] = _DEFAULTS.interval,
+    margin: Annotated[str, _setting("margin")] = _DEFAULTS.margin,
+    batch_size: Annotated[str, _setting("batch_size")] = _DEFAULTS.batch_size,  # type: ignore[assignment]
+    seed: Annotated[str | None, _setting("seed")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report in the folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Certify images, write a report folder, and print its summary."""
+    with _errors_as_messages():
+        settings = CertifyConfig(
+            sigma=sigma,
+            n0=n0,
+            n=n,
+            alpha=alpha,
+            interval=cast(IntervalName, interval),
+            margin=cast(MarginOption, margin),
+            batch_size="auto" if batch_size == "auto" else _to_int("batch-size", batch_size),
+            # as text: 128 bits are more than a number on the command line may have
+            seed=None if seed is None else _to_int("seed", seed),
+        )
+        paths = _image_files(images)
+        # before the work, so that a report without a place to go costs nothing
+        prepare_folder(output, overwrite=overwrite)
+        report = certify_pipeline(_load_pipeline(model), paths, **settings.to_dict(), progress=not quiet)
+        report.save(output, overwrite=overwrite)
+    typer.echo(report.summary())
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder written by hf-certify run.")],
+) -> None:
+    """Recompute every certificate from its votes, then print the table; fails if one does not follow."""
+    with _errors_as_messages():
+        loaded = CertificationReport.load(folder)
+        loaded.verify()
+    for line in _table(loaded):
+        typer.echo(line)
+    typer.echo(f"{len(loaded.certificates)} certificates recomputed from their votes")
+    typer.echo(loaded.summary())
+
+
+@contextlib.contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """Print the sentence of a user's mistake instead of a traceback, and exit with status 2."""
+    try:
+        yield
+    except (CertifyError, ValueError, TypeError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _to_int(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--{name} must be an int, got {text!r}.") from None
+
+
+def _image_files(paths: list[Path]) -> list[Path]:
+    """Return the given files, and the image files of given folders sorted by name.
+
+    Raises:
+        ValueError: If a folder holds no image file.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            raise ValueError(
+                f"An image folder must hold files with one of {sorted(IMAGE_SUFFIXES)}, got {str(path)!r}."
+            )
+        files.extend(found)
+    return files
+
+
+def _load_pipeline(model: str) -> "ImageClassificationPipeline":
+    """Return the image-classification pipeline of a folder or hub id, its processor on the ``pil`` backend."""
+    # here, so that --help and the report command do not wait for it
+    from transformers import AutoImageProcessor, pipeline
+
+    processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+    return pipeline("image-classification", model=model, image_processor=processor)
+
+
+def _table(loaded: CertificationReport) -> list[str]:
+    """Return one line for each input: its number, class, radius (cut off, not rounded), bounds and source."""
+    names = loaded.facts.get("labels", {})
+    lines = [f"{'input':>5}  {'class':<20}  {'radius':>7}  {'pA >=':>7}  {'pB <=':>7}  source"]
+    for certificate in loaded.certificates:
+        label = "abstained" if certificate.abstained else str(names.get(str(certificate.label), certificate.label))
+        # an upper bound is printed as 1 minus a lower one, cut off, so that it rounds up
+        upper = 1 - float(format_down(1 - certificate.pb_upper, 4))
+        lines.append(
+            f"{certificate.index:>5}  {label:<20.20}  {format_down(certificate.radius):>7}  "
+            f"{format_down(certificate.pa_lower, 4):>7}  {upper:>7.4f}  {certificate.source or ''}".rstrip()
+        )
+    return lines

@@ -1,0 +1,221 @@
+"""All certificates of one run with everything needed to check, compare and repeat them."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from hf_certify.certificate import Certificate
+from hf_certify.config import CertifyConfig, IntervalName, MarginOption
+from hf_certify.errors import ReportFolderError, VerificationError
+from hf_certify.radius import format_down
+from hf_certify.storage import prepare_folder, read_report, write_report
+
+# raise it whenever the meaning of a stored key changes
+REPORT_SCHEMA = 1
+
+DEFAULT_RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+_SETTINGS_OF_EACH = ("n0", "n", "sigma", "alpha", "interval")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CertificationReport:
+    """The certificates of one run. ``M`` of them hold together except with probability at most ``alpha * M``.
+
+    Attributes:
+        certificates: One for each input, in the order of the inputs.
+        config: Settings of the run, with the seed and the batch size that were used.
+        facts: What was certified, where and with which versions: plain values.
+        derived_from: The rule that the run was made with, if these bounds are a second look at its votes, else
+            ``None``.
+    """
+
+    certificates: tuple[Certificate, ...]
+    config: CertifyConfig
+    facts: dict[str, Any]
+    derived_from: IntervalName | None = None
+
+    @property
+    def seed(self) -> int | None:
+        """Root of all noise, in ``[0, 2**128)``; always known in a report of ``certify_pipeline``."""
+        return self.config.seed
+
+    @property
+    def abstentions(self) -> int:
+        """Number of inputs about which nothing is claimed."""
+        return sum(certificate.abstained for certificate in self.certificates)
+
+    @property
+    def draws_per_input(self) -> int:
+        """Votes counted for every input: ``n0 + n``."""
+        return self.config.n0 + self.config.n
+
+    def certified_accuracy(self, labels: Sequence[int], radii: Sequence[float] = DEFAULT_RADII) -> tuple[float, ...]:
+        """Return the share of inputs certified at their true label with at least each radius.
+
+        Args:
+            labels: True class of each input, in the order of the inputs.
+            radii: l2, ``>= 0``, in the units of the noise.
+
+        Returns:
+            A share in ``[0, 1]`` for each radius.
+
+        Raises:
+            ValueError: If there is not one label for each certificate.
+
+        Example:
+            >>> certificates = (Certificate.from_counts([9, 1], [990, 10], sigma=0.5),)
+            >>> report = CertificationReport(certificates=certificates, config=CertifyConfig(sigma=0.5), facts={})
+            >>> report.certified_accuracy([0], radii=[0, 0.5, 1])
+            (1.0, 1.0, 0.0)
+        """
+        correct = self._correct(labels)
+        return tuple(sum(c.radius >= radius for c in correct) / len(self.certificates) for radius in radii)
+
+    def average_certified_radius(self, labels: Sequence[int]) -> float:
+        """Return the mean radius over all inputs, 0 for a wrong class or an abstention (ACR).
+
+        Args:
+            labels: True class of each input, in the order of the inputs.
+
+        Returns:
+            l2, ``>= 0``, in the units of the noise.
+
+        Raises:
+            ValueError: If there is not one label for each certificate.
+        """
+        return sum(c.radius for c in self._correct(labels)) / len(self.certificates)
+
+    def with_interval(self, interval: IntervalName, margin: MarginOption = "auto") -> Self:
+        """Return the report that the same votes give under another rule, for comparison tables. No model is run.
+
+        Every certificate of either report is wrong with probability at most ``alpha``. The larger of the two radii is
+        not covered: the rule to rely on must have been chosen before the draws. The result says what it derives from,
+        unless it is this report itself, because the rule is the same.
+
+        Example:
+            >>> certificates = (Certificate.from_counts([9, 1, 0], [70, 29, 1], sigma=0.5, interval="cohen"),)
+            >>> config = CertifyConfig(sigma=0.5, interval="cohen")
+            >>> report = CertificationReport(certificates=certificates, config=config, facts={})
+            >>> report.with_interval("max_upper").derived_from
+            'cohen'
+        """
+        config = dataclasses.replace(self.config, interval=interval, margin=margin)
+        if (config.interval, config.resolved_margin) == (self.config.interval, self.config.resolved_margin):
+            return self
+        return dataclasses.replace(
+            self,
+            certificates=tuple(certificate.with_interval(interval, margin) for certificate in self.certificates),
+            config=config,
+            derived_from=self.derived_from or self.config.interval,
+        )
+
+    def verify(self) -> None:
+        """Recompute every claim from the votes it carries, without the model.
+
+        Raises:
+            VerificationError: If a certificate does not follow from its votes, or was made with other settings than
+                the report declares.
+        """
+        if not self.certificates:
+            raise VerificationError("A report must hold at least one certificate, got none.")
+        for position, certificate in enumerate(self.certificates):
+            certificate.verify()
+            if certificate.index != position:
+                raise VerificationError(f"Certificate {position} must have this index, got {certificate.index!r}.")
+            for name in _SETTINGS_OF_EACH:
+                own, declared = getattr(certificate, name), getattr(self.config, name)
+                if own != declared:
+                    raise VerificationError(
+                        f"Certificate {position} must have the settings of its report: {name} is {own!r} in the one, "
+                        f"{declared!r} in the other."
+                    )
+            if certificate.margin != self.config.resolved_margin:
+                raise VerificationError(f"Certificate {position} must have margin {self.config.resolved_margin!r}.")
+
+    def summary(self, labels: Sequence[int] | None = None, radii: Sequence[float] = DEFAULT_RADII) -> str:
+        """Return a few lines of text; every share and radius in it is cut off, never rounded up.
+
+        Args:
+            labels: True class of each input; without them shares count the certified inputs whatever their class.
+            radii: l2, ``>= 0``, in the units of the noise.
+
+        Raises:
+            ValueError: If there is not one label for each certificate.
+        """
+        total, config = len(self.certificates), self.config
+        # -1 is no class, so an abstention counts for nothing
+        own = [-1 if certificate.label is None else certificate.label for certificate in self.certificates]
+        known = own if labels is None else labels
+        shares = [
+            f"{radius:g}: {format_down(share)}"
+            for radius, share in zip(radii, self.certified_accuracy(known, radii), strict=True)
+        ]
+        lines = [
+            f"{total} inputs, sigma {config.sigma}, interval {config.interval}, margin {config.resolved_margin}, "
+            f"{self.draws_per_input} draws per input",
+            f"certified {'share' if labels is None else 'accuracy'} at l2 radius  " + "  ".join(shares),
+            f"average certified radius {format_down(self.average_certified_radius(known))}, "
+            f"abstentions {self.abstentions}",
+            f"each certificate is wrong with probability at most {config.alpha}, any of the {total} with at most "
+            f"{min(1.0, total * config.alpha):.3g}; they hold for the smoothed classifier",
+        ]
+        if self.derived_from is not None:
+            lines.append(
+                f"bounds computed from the votes of a {self.derived_from} run, for comparison only: the larger of two "
+                f"radii is not certified"
+            )
+        return "\n".join(lines)
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the report as canonical JSON and return the path of the file; complete or not at all.
+
+        Args:
+            folder: Created if needed.
+            overwrite: Whether the folder may hold files already; a report in it is replaced.
+
+        Raises:
+            ReportFolderError: If the folder holds something and ``overwrite`` is false, or it cannot be written to.
+        """
+        values = {
+            "schema": REPORT_SCHEMA,
+            "config": self.config.to_dict(),
+            "facts": self.facts,
+            "derived_from": self.derived_from,
+            "certificates": [certificate.to_dict() for certificate in self.certificates],
+        }
+        return write_report(prepare_folder(folder, overwrite=overwrite), values)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """Return the report stored in ``folder``, not yet verified.
+
+        Raises:
+            ReportFolderError: If there is no report, or it is not one that this version understands.
+        """
+        values = read_report(folder)
+        if values.get("schema") != REPORT_SCHEMA:
+            raise ReportFolderError(
+                f"The report in {str(folder)!r} must have schema {REPORT_SCHEMA}, got {values.get('schema')!r}: read "
+                f"it with the version of the package that wrote it."
+            )
+        try:
+            return cls(
+                certificates=tuple(Certificate.from_dict(item) for item in values["certificates"]),
+                config=CertifyConfig.from_dict(values["config"]),
+                facts=values["facts"],
+                derived_from=values["derived_from"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ReportFolderError(f"The report in {str(folder)!r} is damaged: {error!r}.") from error
+
+    def _correct(self, labels: Sequence[int]) -> list[Certificate]:
+        """Return the certificates whose class is the true one."""
+        if len(labels) != len(self.certificates):
+            raise ValueError(
+                f"labels must hold one class for each of {len(self.certificates)} inputs, got {len(labels)}."
+            )
+        pairs = zip(self.certificates, labels, strict=True)
+        return [certificate for certificate, label in pairs if certificate.label == label]

@@ -1,0 +1,173 @@
+"""Reports: figures, storage, verification."""
+
+import dataclasses
+import json
+import os
+import time
+
+import pytest
+
+from hf_certify import Certificate, CertificationReport, CertifyConfig, ReportFolderError, VerificationError
+from hf_certify.storage import REPORT_FILE
+
+VOTES = [
+    ([90, 8, 2], [970, 20, 10]),
+    ([10, 80, 10], [100, 850, 50]),
+    ([40, 35, 25], [450, 400, 150]),
+    ([1, 2, 97], [0, 0, 1000]),
+]
+
+
+def make_report(interval: str = "max_upper", **settings: object) -> CertificationReport:
+    config = CertifyConfig(sigma=0.5, n=1000, interval=interval, seed=2**127 + 1, batch_size=64)
+    certificates = tuple(
+        Certificate.from_counts(*votes, sigma=0.5, interval=interval, index=index) for index, votes in enumerate(VOTES)
+    )
+    return CertificationReport(certificates=certificates, config=config, facts={"model": "ünit"}, **settings)
+
+
+def test_certified_accuracy_counts_right_classes_with_at_least_the_radius():
+    """Oracle: the definition, over radii read off the certificates."""
+    report = make_report()
+    radii = [certificate.radius for certificate in report.certificates]
+    assert radii[3] > radii[0] > radii[1] > radii[2] == 0
+    labels = [0, 1, 0, 1]
+    assert report.certified_accuracy(labels, [0, radii[1], radii[0], radii[0] + 1e-9]) == (0.5, 0.5, 0.25, 0.0)
+    assert report.certified_accuracy([0, 1, 0, 2], [0.0]) == (0.75,)
+    assert report.average_certified_radius(labels) == pytest.approx((radii[0] + radii[1]) / 4)
+    assert report.abstentions == 1
+    assert report.draws_per_input == 1100
+
+
+def test_an_abstention_is_never_right():
+    assert make_report().certified_accuracy([1, 0, 0, 0], [0.0]) == (0.0,)
+
+
+def test_labels_must_match_the_inputs():
+    with pytest.raises(ValueError, match="one class for each of 4 inputs, got 2"):
+        make_report().certified_accuracy([0, 1])
+
+
+def test_a_report_survives_the_disk_byte_for_byte(tmp_path):
+    report = make_report()
+    path = report.save(tmp_path / "a" / "b")
+    loaded = CertificationReport.load(tmp_path / "a" / "b")
+    assert loaded == report
+    loaded.verify()
+    assert loaded.save(tmp_path / "c").read_bytes() == path.read_bytes()
+
+
+def test_a_folder_with_something_in_it_is_refused_unless_told_otherwise(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ReportFolderError, match=r"must be empty or new, got .* pass overwrite"):
+        make_report().save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+    make_report().save(tmp_path, overwrite=True)
+    make_report("cohen").save(tmp_path, overwrite=True)
+    assert CertificationReport.load(tmp_path).config.interval == "cohen"
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ReportFolderError, match=r"must be writable, got '.*file/report'"):
+        make_report().save(tmp_path / "file" / "report")
+
+
+def test_a_crash_while_writing_leaves_the_old_report(tmp_path, monkeypatch):
+    make_report().save(tmp_path)
+    before = (tmp_path / REPORT_FILE).read_bytes()
+
+    def crash(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(ReportFolderError, match=r"could not be written .* disk full"):
+        make_report("cohen").save(tmp_path, overwrite=True)
+    assert (tmp_path / REPORT_FILE).read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [REPORT_FILE]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"schema": 1}', '{"schema": 2}', '{"schema": 1, "certificates": [{}]}']
+)
+def test_files_that_are_not_reports_are_refused(text, tmp_path):
+    (tmp_path / REPORT_FILE).write_text(text)
+    with pytest.raises(ReportFolderError, match=r"must hold|must have schema 1|is damaged"):
+        CertificationReport.load(tmp_path)
+
+
+def test_a_missing_report_is_refused(tmp_path):
+    with pytest.raises(ReportFolderError, match=r"must hold a readable certification\.json"):
+        CertificationReport.load(tmp_path)
+
+
+def test_an_unknown_setting_voids_a_stored_report(tmp_path):
+    path = make_report().save(tmp_path)
+    values = json.loads(path.read_text())
+    values["config"]["temperature"] = 2
+    path.write_text(json.dumps(values))
+    with pytest.raises(ReportFolderError, match=r"got also \['temperature'\]"):
+        CertificationReport.load(tmp_path)
+
+
+def test_tampered_votes_are_found_after_loading(tmp_path):
+    path = make_report().save(tmp_path)
+    values = json.loads(path.read_text())
+    values["certificates"][1]["estimation"] = [50, 900, 50]
+    path.write_text(json.dumps(values))
+    with pytest.raises(VerificationError, match="Certificate 1 must follow from its votes"):
+        CertificationReport.load(tmp_path).verify()
+
+
+@pytest.mark.parametrize("change", [{"alpha": 0.01}, {"sigma": 1.0}, {"n": 1001}, {"n0": 99}, {"interval": "cpm"}])
+def test_certificates_must_have_the_settings_of_their_report(change):
+    report = make_report()
+    changed = dataclasses.replace(report, config=dataclasses.replace(report.config, **change))
+    with pytest.raises(VerificationError, match="must have the settings of its report"):
+        changed.verify()
+
+
+def test_certificates_must_be_complete_and_in_order():
+    report = make_report()
+    with pytest.raises(VerificationError, match="must have this index, got 1"):
+        dataclasses.replace(report, certificates=report.certificates[1:]).verify()
+    with pytest.raises(VerificationError, match="at least one certificate"):
+        dataclasses.replace(report, certificates=()).verify()
+    with pytest.raises(VerificationError, match="must have margin 'mono'"):
+        dataclasses.replace(report, config=dataclasses.replace(report.config, margin="mono")).verify()
+
+
+@pytest.mark.parametrize("interval", ["cohen", "bonferroni", "cpm", "max_upper"])
+def test_another_rule_on_the_same_votes_verifies_and_says_where_it_comes_from(interval):
+    """Oracle: the report that this rule would have given at first."""
+    derived = make_report("cohen").with_interval(interval)
+    derived.verify()
+    assert derived.certificates == make_report(interval).certificates
+    assert derived.derived_from == (None if interval == "cohen" else "cohen")
+    assert ("for comparison only" in derived.summary()) == (interval != "cohen")
+
+
+def test_another_margin_is_another_rule():
+    derived = make_report("cpm").with_interval("cpm", margin="mono")
+    derived.verify()
+    assert derived.derived_from == "cpm"
+    assert [c.radius for c in derived.certificates] == [c.radius for c in make_report("cohen").certificates]
+
+
+def test_a_thousand_certificates_verify_in_under_a_second():
+    certificate = make_report().certificates[0]
+    certificates = tuple(dataclasses.replace(certificate, index=index) for index in range(1000))
+    report = dataclasses.replace(make_report(), certificates=certificates)
+    start = time.perf_counter()
+    report.verify()
+    assert time.perf_counter() - start < 1.0
+
+
+def test_summary_cuts_figures_off_and_states_the_guarantee():
+    text = make_report().summary([0, 1, 0, 1])
+    assert "certified accuracy at l2 radius  0: 0.500" in text
+    assert "abstentions 1" in text
+    assert "any of the 4 with at most 0.004" in text
+    assert "smoothed classifier" in text
+    assert "certified share at l2 radius  0: 0.750" in make_report().summary()
