@@ -5,13 +5,14 @@ One layer follows references of any depth, ``Y = (1 - gamma) A (I - gamma A)^-1 
 
 from hf_chainattn.api import chain_attention
 from hf_chainattn.config import ChainAttentionConfig
-from hf_chainattn.errors import UnsupportedCacheError, UnsupportedModelError
+from hf_chainattn.errors import ChainAttentionError, UnsupportedCacheError, UnsupportedModelError
 from hf_chainattn.integration import is_registered, register, unregister
 from hf_chainattn.models import disable_chain_attention, enable_chain_attention
 from hf_chainattn.reference import chain_attention_reference
 
 __all__ = [
     "ChainAttentionConfig",
+    "ChainAttentionError",
     "UnsupportedCacheError",
     "UnsupportedModelError",
     "chain_attention",

@@ -1,9 +1,9 @@
 """The registration of chain attention with transformers, under the name ``"chain"``.
 
 Four things are needed, and [`unregister`] undoes them: the attention function; the mask function, without which
-transformers would drop the padding mask silently; a class attribute ``PreTrainedConfig.chain_attention``, without which
-``from_pretrained(..., chain_attention={...})`` is refused; and a wrapper around the two places where a model takes its
-attention implementation, so that a model which cannot run as a chain says so instead of ignoring it.
+transformers would drop the padding mask silently; a class attribute ``PreTrainedConfig.chain_attention``, without
+which ``from_pretrained(..., chain_attention={...})`` is refused; and a wrapper around the two places where a model
+takes its attention implementation, so that a model which cannot run as a chain says so instead of ignoring it.
 """
 
 import functools
