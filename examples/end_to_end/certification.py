@@ -17,12 +17,12 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     Trainer,
-    TrainingArguments,
     ViTImageProcessorPil,
     pipeline,
 )
 
 from examples.end_to_end.data import mnist_subset
+from examples.end_to_end.training import training_arguments
 from hf_certify import certify_pipeline
 
 SIGMA = 0.5
@@ -70,19 +70,14 @@ def train(images: Tensor, labels: Tensor, *, seed: int) -> ResNetForImageClassif
     )
     model = ResNetForImageClassification(config)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        arguments = training_arguments(
             folder,
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH,
+            steps=STEPS,
+            batch=BATCH,
             learning_rate=3e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=50,
+            warmup=50,
             seed=seed,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
             remove_unused_columns=False,
-            dataloader_pin_memory=torch.accelerator.is_available(),
         )
         dataset = torch.utils.data.TensorDataset(images, labels)
         Trainer(model, arguments, data_collator=NoisyBatches(SIGMA, seed), train_dataset=dataset).train()

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoModel, LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoModel, LlamaConfig, Trainer
 
 import hf_chainattn  # noqa: F401  registers attn_implementation="chain"
+from examples.end_to_end.training import training_arguments
 from hf_chainattn.tasks import ChainTrackBatch, ChainTrackConfig, accuracy_by_depth, sample_chain_track
 
 TASK = ChainTrackConfig(tokens=30, chains=3, names=48, values=8)
@@ -85,20 +86,15 @@ def train(attn_implementation: str, pool: ChainTrackBatch, *, seed: int) -> Chai
     torch.manual_seed(seed)
     model = ChainTrackModel(TASK, attn_implementation)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        arguments = training_arguments(
             folder,
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH,
+            steps=STEPS,
+            batch=BATCH,
             learning_rate=2e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=100,
-            weight_decay=0.01,
+            warmup=100,
             seed=seed,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
+            weight_decay=0.01,
             remove_unused_columns=False,
-            dataloader_pin_memory=torch.accelerator.is_available(),
         )
         Trainer(model, arguments, data_collator=FreshNames(seed), train_dataset=Sequences(pool)).train()
     return model.eval()

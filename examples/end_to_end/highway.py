@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from examples.end_to_end.data import movie_sentences
+from examples.end_to_end.training import training_arguments
 from hf_highwaybp import HighwayBP, HighwayCallback, compare_exact
 
 STEPS = 300
@@ -98,19 +99,16 @@ def train(callback: TrainerCallback, rows: Tensor, *, seed: int) -> tuple[list[t
     model = build_model(seed)
     examples = [{"input_ids": row, "labels": row} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        arguments = training_arguments(
             folder,
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH,
-            per_device_eval_batch_size=HELD_BACK,
+            steps=STEPS,
+            batch=BATCH,
             learning_rate=2e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=30,
+            warmup=30,
             seed=seed,
-            report_to=[],
-            save_strategy="no",
+            per_device_eval_batch_size=HELD_BACK,
+            logging_strategy="steps",
             logging_steps=20,
-            dataloader_pin_memory=torch.accelerator.is_available(),
         )
         trainer = Trainer(
             model,

@@ -70,7 +70,14 @@ def certification_plot(axes: Axes, result: dict[str, Any]) -> None:
         # a radius of 0 is an abstention or a wrong class
         radii = sorted((radius for radius in figures["radii"] if radius > 0), reverse=True)
         shares = [(index + 1) / len(figures["radii"]) for index in range(len(radii))]
-        axes.step([*radii, 0.0], [*shares, shares[-1]], where="pre", color=color, label=name, linewidth=1.2)
+        axes.step(
+            [*radii, 0.0],
+            [*shares, len(radii) / len(figures["radii"])],
+            where="pre",
+            color=color,
+            label=name,
+            linewidth=1.2,
+        )
     axes.set(xlabel="l2 radius, RGB pixels in [0, 1]", ylabel="certified accuracy", ylim=(0, 1.05), xlim=(0, None))
     axes.legend(frameon=False, fontsize=8)
 

@@ -1,7 +1,7 @@
 """The figures of a run as tables: the one source of what the terminal, the HTML report and the README show."""
 
-import math
 from dataclasses import dataclass
+from decimal import ROUND_DOWN, Decimal
 from typing import Any
 
 
@@ -21,7 +21,8 @@ class Table:
 
 def down(value: float, digits: int = 3) -> str:
     """Return a number cut off, never rounded up, as every certified figure is printed."""
-    return f"{math.floor(value * 10**digits) / 10**digits:.{digits}f}"
+    # by way of the shortest decimal: 0.57 lies just below itself in binary
+    return str(Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_DOWN))
 
 
 def chain_tables(result: dict[str, Any]) -> list[Table]:
