@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from hf_certify.certificate import Certificate
 from hf_certify.config import CertifyConfig, IntervalName, MarginOption
 from hf_certify.errors import ReportFolderError, VerificationError
@@ -63,7 +65,7 @@ class CertificationReport:
             A share in ``[0, 1]`` for each radius.
 
         Raises:
-            ValueError: If there is not one label for each certificate.
+            ValueError: If there is not one class index for each certificate.
 
         Example:
             >>> certificates = (Certificate.from_counts([9, 1], [990, 10], sigma=0.5),)
@@ -84,7 +86,7 @@ class CertificationReport:
             l2, ``>= 0``, in the units of the noise.
 
         Raises:
-            ValueError: If there is not one label for each certificate.
+            ValueError: If there is not one class index for each certificate.
         """
         return sum(c.radius for c in self._correct(labels)) / len(self.certificates)
 
@@ -143,11 +145,11 @@ class CertificationReport:
             radii: l2, ``>= 0``, in the units of the noise.
 
         Raises:
-            ValueError: If there is not one label for each certificate.
+            ValueError: If there is not one class index for each certificate.
         """
         total, config = len(self.certificates), self.config
-        # -1 is no class, so an abstention counts for nothing
-        own = [-1 if certificate.label is None else certificate.label for certificate in self.certificates]
+        # an abstention has the radius 0 and no class, and counts for nothing under any index
+        own = [0 if certificate.label is None else certificate.label for certificate in self.certificates]
         known = own if labels is None else labels
         shares = [
             f"{radius:g}: {format_down(share)}"
@@ -217,5 +219,13 @@ class CertificationReport:
             raise ValueError(
                 f"labels must hold one class for each of {len(self.certificates)} inputs, got {len(labels)}."
             )
+        for position, (certificate, label) in enumerate(zip(self.certificates, labels, strict=True)):
+            classes = len(certificate.estimation)
+            # another kind of label would never match, and count as a wrong answer without a sign
+            if isinstance(label, bool) or not isinstance(label, int | np.integer) or not 0 <= label < classes:
+                raise ValueError(
+                    f"labels must be class indices in [0, {classes}), got {label!r} for input {position}: use "
+                    f"model.config.label2id to turn names into indices."
+                )
         pairs = zip(self.certificates, labels, strict=True)
         return [certificate for certificate, label in pairs if certificate.label == label]

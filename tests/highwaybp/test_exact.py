@@ -51,7 +51,7 @@ def test_an_approximate_pass_costs_one_vjp_less_in_every_iteration(k):
     assert (hbp.stats.k, hbp.stats.exact, hbp.stats.blocks) == (k, False, LAYERS)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     depth=st.integers(1, 6),
     extra=st.integers(0, 2),

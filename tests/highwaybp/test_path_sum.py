@@ -72,7 +72,7 @@ def test_transformer_blocks_give_the_path_sum(name, residual, k):
         assert relative(torch.cat([gradient.flatten() for gradient in expected]), found) < 1e-12
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(depth=st.integers(2, 4), k=st.integers(0, 4), factors=st.lists(st.floats(0, 1), min_size=4, max_size=4))
 def test_a_factor_of_its_own_for_each_block_gives_the_path_sum(depth, k, factors):
     """Oracle: enumeration; the residual map is the user's function."""
