@@ -79,7 +79,7 @@ def chain_attention(
     dtype = torch.promote_types(value.dtype, torch.float32)
     # casting alone would not do: an outer autocast would take the products back to half precision
     with torch.autocast(query.device.type, enabled=False):
-        hop = _gamma_tensor(gamma, heads=query.shape[1], dtype=dtype, device=query.device)
+        gammas = _gamma_tensor(gamma, heads=query.shape[1], dtype=dtype, device=query.device)
         mask = read_mask(attn_mask, tokens=query.shape[2], is_causal=is_causal, device=query.device)
         groups = query.shape[1] // key.shape[1]
         full_key = key.to(dtype).repeat_interleave(groups, dim=1)
@@ -92,7 +92,7 @@ def chain_attention(
                 query.to(dtype),
                 full_key,
                 full_value,
-                gamma=hop,
+                gamma=gammas,
                 diagonal=diagonal,
                 mask=visible,
                 bias=mask.bias,
@@ -103,7 +103,7 @@ def chain_attention(
                 query.to(dtype),
                 full_key,
                 full_value,
-                gamma=hop,
+                gamma=gammas,
                 diagonal=diagonal,
                 mask=mask,
                 scale=factor,
@@ -134,8 +134,9 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.shape[2] != key.shape[2]:
         raise UnsupportedCacheError(
             f"Chain attention needs the same tokens as queries and keys, got {query.shape[2]} queries and "
-            f"{key.shape[2]} keys. Values from an ordinary cache cannot be continued: "
-            "run the whole sequence, in generation with use_cache=False."
+            f"{key.shape[2]} keys. Values from an ordinary cache cannot be continued: run the whole sequence, in "
+            "generation with use_cache=False or model.generation_config.use_cache = False. A layer that reduces its "
+            "keys, as some vision models do, has no chain."
         )
     if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Settings of chain attention: one dataclass that is the argument, the check and the save format."""
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -28,6 +29,8 @@ class ChainAttentionConfig:
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
         check_diagonal(self.diagonal)
+        # a NumPy number would not survive the way to JSON
+        object.__setattr__(self, "gamma", float(self.gamma))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, as it is written to ``config.json``."""
@@ -61,9 +64,9 @@ class ChainAttentionConfig:
 
 def check_gamma(gamma: object) -> None:
     """Raise unless ``gamma`` is a number in ``[0, 1)``."""
-    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)):
+    if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real):
         raise TypeError(f"gamma must be a number in [0, 1), got {gamma!r}.")
-    if not 0.0 <= gamma < 1.0:
+    if not 0.0 <= float(gamma) < 1.0:
         raise ValueError(f"gamma must be in [0, 1), got {gamma!r}: at 1 the walk never stops and I - A is singular.")
 
 

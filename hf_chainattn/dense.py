@@ -37,15 +37,15 @@ def dense_chain_attention(
         ``[B, H, T, E]``. Time O(T^2 (D + E) + T^2 E), or O(T^3) if the mask is not triangular; memory O(B H T^2).
     """
     attention = _attention_matrix(query, key, mask, scale, softcap)
-    hop = gamma.reshape(-1, 1, 1)
-    system = _system_matrix(attention, hop, diagonal, mask)
-    right = (1 - hop) * value
+    gamma = gamma.reshape(-1, 1, 1)
+    system = _system_matrix(attention, gamma, diagonal, mask)
+    right = (1 - gamma) * value
     if mask.triangular:
-        mixed = torch.linalg.solve_triangular(system, right, upper=False)
+        solution = torch.linalg.solve_triangular(system, right, upper=False)
     else:
-        mixed = torch.linalg.solve(system, right)
+        solution = torch.linalg.solve(system, right)
     read_out = torch.nn.functional.dropout(attention, dropout_p) if dropout_p > 0 else attention
-    return read_out @ mixed
+    return read_out @ solution
 
 
 def _attention_matrix(query: Tensor, key: Tensor, mask: MaskFacts, scale: float, softcap: float | None) -> Tensor:
@@ -62,20 +62,20 @@ def _attention_matrix(query: Tensor, key: Tensor, mask: MaskFacts, scale: float,
     return torch.softmax(logits, dim=-1).masked_fill(~mask.visible, 0.0)
 
 
-def _system_matrix(attention: Tensor, hop: Tensor, diagonal: str, mask: MaskFacts) -> Tensor:
+def _system_matrix(attention: Tensor, gamma: Tensor, diagonal: str, mask: MaskFacts) -> Tensor:
     """Return ``I - gamma A_c`` as ``[B, H, T, T]``, with the diagonal formed without cancellation."""
     on_diagonal = torch.eye(attention.shape[-1], dtype=torch.bool, device=attention.device)
-    walking = attention.masked_fill(on_diagonal, 0.0)
-    alone = None
+    off_diagonal = attention.masked_fill(on_diagonal, 0.0)
+    isolated = None
     if mask.visible is not None:
         # a token that nobody sees leaves the system: what stands in padding cannot even change a pivot choice
         seen = mask.visible.any(dim=-2).unsqueeze(-1)
-        walking = walking.masked_fill(~seen, 0.0)
-        alone = ~(mask.visible.any(dim=-1, keepdim=True) & seen)
+        off_diagonal = off_diagonal.masked_fill(~seen, 0.0)
+        isolated = ~(mask.visible.any(dim=-1, keepdim=True) & seen)
     if diagonal == "removed":
-        return (-hop * walking).masked_fill(on_diagonal, 1.0)
+        return (-gamma * off_diagonal).masked_fill(on_diagonal, 1.0)
     # 1 - gamma a_tt written as a sum of positive terms, which holds since rows of A sum to 1
-    pivot = (1 - hop) + hop * walking.sum(dim=-1, keepdim=True)
-    if alone is not None:
-        pivot = pivot.masked_fill(alone, 1.0)
-    return torch.where(on_diagonal, pivot, -hop * walking)
+    pivot = (1 - gamma) + gamma * off_diagonal.sum(dim=-1, keepdim=True)
+    if isolated is not None:
+        pivot = pivot.masked_fill(isolated, 1.0)
+    return torch.where(on_diagonal, pivot, -gamma * off_diagonal)

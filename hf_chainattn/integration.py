@@ -1,9 +1,10 @@
 """The registration of chain attention with transformers, under the name ``"chain"``.
 
-Four things are needed, and [`unregister`] undoes them: the attention function; the mask function, without which
+Four things are needed, and ``unregister`` undoes them: the attention function; the mask function, without which
 transformers would drop the padding mask silently; a class attribute ``PreTrainedConfig.chain_attention``, without
-which ``from_pretrained(..., chain_attention={...})`` is refused; and a wrapper around the two places where a model
-takes its attention implementation, so that a model which cannot run as a chain says so instead of ignoring it.
+which ``from_pretrained(..., chain_attention={...})`` is refused; and wrappers around three methods of
+``PreTrainedModel``. ``post_init`` ends every construction and ``set_attn_implementation`` every change: there a model
+that cannot run as a chain says so instead of ignoring it. ``save_pretrained`` writes the name into the config.
 """
 
 import functools
@@ -14,40 +15,77 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
 
 from hf_chainattn.api import chain_attention
 from hf_chainattn.config import ChainAttentionConfig
 from hf_chainattn.errors import UnsupportedCacheError, UnsupportedModelError
-from hf_chainattn.models import NAME, check_model, prepare_model, release_model, uses_chain
+from hf_chainattn.models import (
+    NAME,
+    check_model,
+    is_guarded,
+    name_in_config,
+    parts_of,
+    prepare_model,
+    release_model,
+    uses_chain,
+)
 
-_originals: dict[str, Callable[..., Any]] = {}
+# what models hand on that does not change attention, or that the mask already holds
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "use_cache",
+    }
+)
+
+logger = logging.get_logger(__name__)
 
 
 def register() -> None:
-    """Make ``attn_implementation="chain"`` known to transformers. Importing the package does it; idempotent."""
+    """Make ``attn_implementation="chain"`` known to transformers. Importing the package does it; idempotent.
+
+    Raises:
+        RuntimeError: If another library holds the name.
+    """
     if is_registered():
         return
+    if NAME in AttentionInterface._global_mapping or NAME in AttentionMaskInterface._global_mapping:
+        raise RuntimeError(
+            f"Another library has registered the attention implementation {NAME!r}: import one of them."
+        )
     AttentionInterface.register(NAME, chain_attention_forward)
     AttentionMaskInterface.register(NAME, chain_mask)
     PreTrainedConfig.chain_attention = None
-    _wrap("post_init", _post_init)
-    _wrap("set_attn_implementation", _set_attn_implementation)
+    for method, wrapper in _WRAPPERS.items():
+        setattr(PreTrainedModel, method, wrapper(getattr(PreTrainedModel, method)))
 
 
 def unregister() -> None:
-    """Undo [`register`]. Models that use chain attention raise at their next forward; reload or disable them first."""
+    """Undo ``register``. Models that use chain attention fail at their next forward; disable them first."""
     if not is_registered():
         return
     del AttentionInterface._global_mapping[NAME]
     del AttentionMaskInterface._global_mapping[NAME]
     del PreTrainedConfig.chain_attention
-    for method in list(_originals):
-        setattr(PreTrainedModel, method, _originals.pop(method))
+    for method in _WRAPPERS:
+        ours = getattr(PreTrainedModel, method)
+        # where another library has wrapped ours in turn, ours stays, and does nothing while it is not registered
+        if getattr(ours, "_wraps_for_chain", False) and ours.__dict__.get("__wrapped__") is not None:
+            setattr(PreTrainedModel, method, ours.__wrapped__)
 
 
 def is_registered() -> bool:
-    """Return whether transformers knows ``attn_implementation="chain"``."""
-    return NAME in AttentionInterface._global_mapping
+    """Return whether transformers knows this package's ``attn_implementation="chain"``."""
+    return AttentionInterface._global_mapping.get(NAME) is chain_attention_forward
 
 
 def chain_attention_forward(
@@ -61,58 +99,60 @@ def chain_attention_forward(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
-    s_aux: Tensor | None = None,
     cache: object = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls; see [`chain_attention`] for the operation.
+    """The attention function that transformers calls; see ``chain_attention`` for the operation.
 
     Args:
         module: The calling attention module; ``module.config.chain_attention`` holds the settings.
         query: ``[B, H, T, D]``.
         key: ``[B, H_kv, T, D]``.
         value: ``[B, H_kv, T, E]``.
-        attention_mask: ``[B, 1 or H, T, T]``, boolean or additive, or ``None``.
+        attention_mask: ``[B, 1 or H, T, T]``, boolean or additive; ``None`` means that every token sees every token,
+            as it does in every model's own eager attention. ``chain_mask`` never leaves a causal mask out.
         dropout: Chance, of the read-out only.
         scaling: Factor on the logits.
-        is_causal: What ``attention_mask=None`` means; ``None`` asks ``module.is_causal``.
+        is_causal: Not used: the mask decides. Kernels without a mask need it.
         position_bias: ``[1 or B, H, T, T]``, added to the logits.
         softcap: Bound on the logits.
-        s_aux: Attention sinks; refused.
         cache: Paged cache of continuous batching; refused.
+        others: Whatever else the model hands on; refused unless it is known not to matter.
 
     Returns:
         ``[B, T, H, E]``, and ``None`` for the attention weights.
 
     Raises:
         UnsupportedCacheError: If keys or values come out of a cache.
-        UnsupportedModelError: If the model was not prepared, or uses attention sinks.
+        UnsupportedModelError: If the model was not prepared, or hands on something that changes attention, such as
+            attention sinks, indices of a sparse pattern, or packing by sequence lengths.
     """
     stored = getattr(getattr(module, "config", None), "chain_attention", None)
-    if stored is None:
+    if stored is None or not is_guarded(module):
         raise UnsupportedModelError(
-            f"{type(module).__name__} has no chain_attention settings in its config: switch the model that holds it "
+            f"{type(module).__name__} belongs to a model that was not prepared for chain attention: switch the model "
             "with hf_chainattn.enable_chain_attention(model)."
         )
-    settings = ChainAttentionConfig.from_value(stored)
     if cache is not None:
         raise UnsupportedCacheError(
             "Chain attention cannot run in continuous batching, whose cache holds plain values: use generate()."
         )
-    if s_aux is not None:
+    if strange := sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS):
         raise UnsupportedModelError(
-            f"{type(module).__name__} uses attention sinks, which chain attention does not know: use sdpa or eager."
+            f"{type(module).__name__} hands {strange} to its attention, which chain attention does not know and may "
+            "not ignore: use attn_implementation='eager' for this model, or call it without them."
         )
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    mask = attention_mask if position_bias is None else _biased_mask(attention_mask, position_bias, causal=causal)
+    if others.get("output_attentions"):
+        logger.warning_once("Chain attention returns no attention weights: output_attentions=True has no effect.")
+    settings = ChainAttentionConfig.from_value(stored)
     output = chain_attention(
         query,
         key,
         value,
         gamma=settings.gamma,
         diagonal=settings.diagonal,
-        attn_mask=mask,
-        is_causal=causal,
+        attn_mask=_with_bias(attention_mask, position_bias),
+        is_causal=False,
         scale=scaling,
         softcap=softcap,
         dropout_p=dropout,
@@ -121,64 +161,91 @@ def chain_attention_forward(
 
 
 def chain_mask(
-    *args: Any, q_length: int, kv_length: int, allow_is_causal_skip: bool = True, **kwargs: Any
-) -> Tensor | None:
-    """The mask function that transformers calls: the boolean mask of sdpa, ``[B, 1, T, T]``, or ``None``.
+    *args: Any, allow_is_causal_skip: bool = True, allow_is_bidirectional_skip: bool = False, **kwargs: Any
+) -> Tensor:
+    """The mask function that transformers calls: the boolean mask of sdpa, ``[B, 1, T, T]``, always written out.
 
-    ``None`` stands for "exactly causal" only where queries and keys are the same tokens. With a cache, sdpa's own
-    shortcut would leave the mask to its kernel's alignment rules.
+    sdpa may leave out a causal or a full mask and lets its kernel guess which of the two ``None`` was from a flag of
+    the attention module. That flag is wrong in some models, where the guess would show the future to a decoder.
+    Without padding the mask is one ``[T, T]`` shared by the batch.
     """
-    return sdpa_mask(
-        *args,
-        q_length=q_length,
-        kv_length=kv_length,
-        allow_is_causal_skip=allow_is_causal_skip and q_length == kv_length,
-        **kwargs,
-    )
+    mask: Tensor = sdpa_mask(*args, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs)
+    return mask
 
 
-def _biased_mask(attention_mask: Tensor | None, position_bias: Tensor, *, causal: bool) -> Tensor:
-    """Return an additive mask ``[B or 1, H, T, T]`` that holds both the bias and who is seen."""
-    if attention_mask is None:
-        if not causal:
-            return position_bias
-        attention_mask = torch.ones(position_bias.shape[-2:], dtype=torch.bool, device=position_bias.device).tril()
+def _with_bias(attention_mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
+    """Return one mask ``[1 or B, 1 or H, T, T]`` that holds both who is seen and what is added."""
+    if position_bias is None or attention_mask is None:
+        return attention_mask if position_bias is None else position_bias
     if attention_mask.dtype == torch.bool:
         return torch.where(attention_mask, position_bias, -torch.inf)
     return position_bias + attention_mask
 
 
-def _wrap(method: str, replacement: Callable[..., Any]) -> None:
-    _originals[method] = original = getattr(PreTrainedModel, method)
-    setattr(PreTrainedModel, method, functools.wraps(original)(replacement))
+def _wrapping(replacement: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Turn ``replacement(original, model, ...)`` into a maker of wrappers that step aside while not registered."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def method(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  what the original returns
+            if not is_registered():
+                return original(model, *args, **kwargs)
+            return replacement(original, model, *args, **kwargs)
+
+        method._wraps_for_chain = True  # type: ignore[attr-defined]
+        return method
+
+    return wrap
 
 
-def _post_init(model: PreTrainedModel) -> None:
-    _originals["post_init"](model)
-    if uses_chain(model.config):
-        prepare_model(model)
+@_wrapping
+def _post_init(original: Callable[..., Any], model: PreTrainedModel) -> None:
+    original(model)
+    _settle(model, [model])
 
 
-def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | dict[str, Any], **kwargs: Any) -> None:
+@_wrapping
+def _set_attn_implementation(
+    original: Callable[..., Any], model: PreTrainedModel, attn_implementation: str | dict[str, Any], **kwargs: Any
+) -> None:
     if attn_implementation == NAME:
         # transformers only logs where a model type cannot switch; asked for by name, that is an error
         check_model(model)
-    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    elif isinstance(attn_implementation, dict) and NAME in attn_implementation.values():
+        known = {"", *model.config.sub_configs}
+        if unknown := sorted(set(attn_implementation) - known):
+            raise UnsupportedModelError(f"{type(model).__name__} has the parts {sorted(known)}, got {unknown}.")
+    parts = parts_of(model)
     before = [part.config._attn_implementation for part in parts]
     try:
-        _originals["set_attn_implementation"](model, attn_implementation, **kwargs)
-        _settle(parts)
+        original(model, attn_implementation, **kwargs)
+        _settle(model, parts)
     except Exception:
         for part, implementation in zip(parts, before, strict=True):
             part.config._attn_implementation_internal = implementation
-        _settle(parts)
+        _settle(model, parts)
         raise
 
 
-def _settle(parts: list[PreTrainedModel]) -> None:
-    """Prepare the models that use chain attention by now, and release the others."""
+@_wrapping
+def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    # here and not only at a change: a part may have been switched without the whole knowing
+    name_in_config(model.config)
+    original(model, *args, **kwargs)
+
+
+_WRAPPERS = {
+    "post_init": _post_init,
+    "set_attn_implementation": _set_attn_implementation,
+    "save_pretrained": _save_pretrained,
+}
+
+
+def _settle(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
+    """Prepare the parts that use chain attention by now, release the others, and name what is used in the config."""
     for part in parts:
         if uses_chain(part.config):
             prepare_model(part)
         else:
             release_model(part)
+    name_in_config(model.config)

@@ -26,7 +26,7 @@ def read_mask(attn_mask: Tensor | None, *, tokens: int, is_causal: bool, device:
     Args:
         attn_mask: ``None``, boolean (True = visible), or floating point and added to the logits, each broadcastable to
             ``[B, H, T, T]``. In a floating point mask, values at or below half of the most negative number of its
-            dtype hide the key, as transformers writes them.
+            dtype hide the key, as transformers writes them; any other value only lowers a logit.
         tokens: ``T``.
         is_causal: Whether ``None`` means the causal mask or no mask. A given mask alone decides who is seen.
         device: Where the causal mask is made.

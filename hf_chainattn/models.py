@@ -25,6 +25,8 @@ _FOREIGN_KEYS = (
     "context_hidden_states",
     "shared_kv_states",
 )
+# modules that dispatch twice and subtract: the difference of two chains is not the chain of the difference
+_DIFFERENTIAL = ("DiffLlamaAttention",)
 
 logger = logging.get_logger(__name__)
 
@@ -40,9 +42,10 @@ def enable_chain_attention(
     Args:
         model: Any transformers model whose self-attention goes through the attention interface.
         gamma: Chance of one more hop, in ``[0, 1)``. With 0 the outputs are those of ordinary attention.
-        diagonal: ``"kept"`` or ``"removed"``, see [`ChainAttentionConfig`].
+        diagonal: ``"kept"`` or ``"removed"``, see ``ChainAttentionConfig``.
 
     Raises:
+        TypeError: If ``model`` is no transformers model.
         UnsupportedModelError: If the model cannot run with it. The model is then as it was.
         ValueError: If a setting is out of range.
 
@@ -54,14 +57,19 @@ def enable_chain_attention(
         >>> model.config._attn_implementation
         'chain'
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.")
     settings = ChainAttentionConfig(gamma=gamma, diagonal=diagonal)
     check_model(model)
-    before = model.config.chain_attention
+    before = model.config.__dict__.get("chain_attention")
     model.config.chain_attention = settings.to_dict()
     try:
         model.set_attn_implementation(NAME)
     except Exception:
-        model.config.chain_attention = before
+        if before is None:
+            del model.config.chain_attention
+        else:
+            model.config.chain_attention = before
         raise
     return model
 
@@ -76,12 +84,20 @@ def disable_chain_attention(model: PreTrainedModel, *, attn_implementation: str 
         attn_implementation: What to use instead.
     """
     model.set_attn_implementation(attn_implementation)
+    for part in parts_of(model):
+        release_model(part)
+        part.config.__dict__.pop("chain_attention", None)
     return model
 
 
 def uses_chain(config: PreTrainedConfig) -> bool:
     """Return whether a model with this config dispatches to chain attention."""
     return bool(config._attn_implementation == NAME)
+
+
+def parts_of(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """Return the model and every transformers model inside it."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def dispatching_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -93,18 +109,21 @@ def dispatching_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise unless every attention of ``model`` that would run as a chain is self-attention that really dispatches.
+    """Raise unless every module of ``model`` that would run as a chain is self-attention that really dispatches.
+
+    Layers of another kind, such as the linear attention of a hybrid model, stay as they are.
 
     Raises:
         UnsupportedModelError: For a model with several sub-models, with cross-attention, or whose attention never
             looks at the attention interface.
     """
     config, kind = model.config, type(model).__name__
-    if config.sub_configs:
-        parts = sorted(config.sub_configs)
+    inner = [part.config for part in parts_of(model)]
+    names = [key for key in config.sub_configs if any(getattr(config, key, None) is other for other in inner)]
+    if names:
         raise UnsupportedModelError(
-            f"{kind} is made of several models ({', '.join(parts)}), and chain attention must be asked for by part: "
-            f"pass a dict such as attn_implementation={{'{parts[-1]}': 'chain'}}."
+            f"{kind} is made of several models ({', '.join(names)}), and chain attention must be asked for by part: "
+            f"pass a dict such as attn_implementation={{'{names[-1]}': 'chain'}}."
         )
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedModelError(
@@ -119,12 +138,21 @@ def check_model(model: PreTrainedModel) -> None:
             "most others), or attn_implementation='eager' here."
         )
     for name, module in found:
-        names = [parameter for parameter in inspect.signature(type(module).forward).parameters if parameter != "self"]
-        if names[:1] != ["hidden_states"]:
-            raise UnsupportedModelError(
-                f"{kind} has an attention module {name} whose queries and keys may be different tokens (it takes "
-                f"{names[:3]}), and no chain exists across them: use attn_implementation='sdpa' here."
-            )
+        _check_module(kind, name, module)
+
+
+def _check_module(kind: str, name: str, module: nn.Module) -> None:
+    arguments = [argument for argument in inspect.signature(type(module).forward).parameters if argument != "self"]
+    if arguments[:1] != ["hidden_states"]:
+        raise UnsupportedModelError(
+            f"{kind} has an attention module {name} whose queries and keys may be different tokens (it takes "
+            f"{arguments[:3]}), and no chain exists across them: use attn_implementation='sdpa' here."
+        )
+    if type(module).__name__ in _DIFFERENTIAL:
+        raise UnsupportedModelError(
+            f"{kind} subtracts two attentions in {name}, and chain attention is not defined for their difference: use "
+            "attn_implementation='sdpa' here."
+        )
 
 
 def prepare_model(model: PreTrainedModel) -> None:
@@ -133,35 +161,62 @@ def prepare_model(model: PreTrainedModel) -> None:
     Runs at the end of every model construction and after every change of the attention implementation. Idempotent.
 
     Raises:
-        UnsupportedModelError: See [`check_model`].
+        UnsupportedModelError: See ``check_model``.
         ValueError: If ``config.chain_attention`` holds a bad value.
     """
     settings = ChainAttentionConfig.from_value(model.config.chain_attention)
     check_model(model)
     if model.config.chain_attention is None:
         logger.warning_once(
-            f"{type(model).__name__} has no `chain_attention` entry in its config: gamma={settings.gamma}, "
-            f"diagonal='{settings.diagonal}'. Weights that were trained with ordinary attention have not learned to "
-            "use it; set config.chain_attention = {'gamma': 0.0} for ordinary outputs."
+            f"{type(model).__name__} has no `chain_attention` entry in its config and takes gamma={settings.gamma}. "
+            "Weights that were trained with ordinary attention have not learned to use it. Set config.chain_attention "
+            "= {'gamma': 0.9} to say that this is meant, or {'gamma': 0.0} for ordinary outputs."
         )
     model.config.chain_attention = settings.to_dict()
-    # transformers does not save the attention implementation; as a plain attribute it reaches config.json, and a
-    # reload then uses chain attention, or fails by name where this package was not imported
-    model.config.attn_implementation = NAME
     for _, module in dispatching_modules(model):
-        if _refuse_foreign_keys not in module._forward_pre_hooks.values():
+        if not is_guarded(module):
             module.register_forward_pre_hook(_refuse_foreign_keys, with_kwargs=True)
 
 
 def release_model(model: PreTrainedModel) -> None:
-    """Take back what [`prepare_model`] left on a model. Idempotent."""
-    for attribute in ("chain_attention", "attn_implementation"):
-        model.config.__dict__.pop(attribute, None)
+    """Take the guards of ``prepare_model`` off a model; its settings stay, for a switch back. Idempotent.
+
+    A part inside the model that still uses chain attention keeps its guards.
+    """
     for _, module in dispatching_modules(model):
+        if (config := getattr(module, "config", None)) is not None and uses_chain(config):
+            continue
         # by identity and not by a kept handle: a deep copy of the model has the hook, but no handle to it
         for number in [n for n, hook in module._forward_pre_hooks.items() if hook is _refuse_foreign_keys]:
             del module._forward_pre_hooks[number]
             module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def is_guarded(module: nn.Module) -> bool:
+    """Return whether an attention module belongs to a model that ``prepare_model`` has seen."""
+    return _refuse_foreign_keys in module._forward_pre_hooks.values()
+
+
+def name_in_config(config: PreTrainedConfig) -> None:
+    """Write what ``from_pretrained`` must ask for into the config, or remove it where no part uses chain attention.
+
+    transformers does not save the attention implementation. As a plain attribute it reaches ``config.json``, and a
+    reload then uses chain attention, or fails by name where this package was not imported.
+    """
+    if (asked := _asked_for(config)) is not None:
+        config.attn_implementation = asked
+    else:
+        config.__dict__.pop("attn_implementation", None)
+
+
+def _asked_for(config: PreTrainedConfig) -> str | dict[str, Any] | None:
+    """Return the ``attn_implementation`` that brings back what this config and its sub-configs use."""
+    own = NAME if uses_chain(config) else None
+    inner = {key: sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None}
+    asked: dict[str, Any] = {key: value for key, sub in inner.items() if (value := _asked_for(sub)) is not None}
+    if not asked or (own and all(value == NAME for value in asked.values()) and len(asked) == len(inner)):
+        return own
+    return asked | ({"": own} if own else {})
 
 
 def _refuse_foreign_keys(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -169,7 +224,8 @@ def _refuse_foreign_keys(module: nn.Module, args: tuple[Any, ...], kwargs: dict[
     given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
     given |= given.get("kwargs", {})
     for name in _FOREIGN_KEYS:
-        if given.get(name) is not None:
+        # an empty dict stands for "nothing shared"
+        if given.get(name) is not None and given[name] != {}:
             raise UnsupportedModelError(
                 f"{type(module).__name__} was called with {name}: its keys are not its queries' tokens, and no chain "
                 "exists across them. Use attn_implementation='sdpa' for a model with cross-attention or shared keys."

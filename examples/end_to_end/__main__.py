@@ -37,7 +37,7 @@ def machine_facts() -> dict[str, Any]:
 
 def show(part: str, result: dict[str, Any]) -> None:
     """Print the tables and sentences of a part."""
-    print(f"\n== {TITLES[part]}")
+    print()
     for sentence in statements(part, result):
         print(sentence)
     for table in TABLES[part](result):
@@ -57,7 +57,8 @@ def main() -> None:
     logging.set_verbosity_error()
     begin = time.perf_counter()
     parts = {}
-    for part in arguments.parts:
+    for number, part in enumerate(arguments.parts, 1):
+        print(f"\n== Part {number} of {len(arguments.parts)}. {TITLES[part]}", flush=True)
         start = time.perf_counter()
         parts[part] = PARTS[part]()
         parts[part]["total_seconds"] = time.perf_counter() - start

@@ -108,9 +108,11 @@ def statements(part: str, result: dict[str, Any]) -> list[str]:
 def chain_statements(result: dict[str, Any]) -> list[str]:
     """Return the sentences of part 1."""
     return [
-        f"Both models are the same one-layer Llama, trained for {result['steps']} steps by transformers.Trainer; "
-        "only attn_implementation differs. Three chains grow side by side, so a model beyond its reach guesses one of "
-        "three values; a chain that is very deep holds most of the statements, and its value is a better guess.",
+        "A sequence is T statements, each setting a name to a value or to what another name holds; the model says at "
+        "each statement what its name holds now. The answer lies as many hops away as names were copied.",
+        f"Both models are the same one-layer Llama, trained for {result['steps']} steps on T = 30 only; just "
+        "attn_implementation differs. Three chains grow side by side, so guessing is right one time in three. At 16 "
+        "to 31 hops of T = 30 most statements belong to one chain, and guessing its value is right more often.",
         "An ordinary layer reads one hop: it is right at depth 0 and 1. A chain layer follows the whole chain, also "
         "at lengths and depths it never saw.",
         "This is a task made to need depth. Nothing here says that language models become better.",
@@ -122,7 +124,9 @@ def highway_statements(result: dict[str, Any]) -> list[str]:
     ratio = result["step_time_ratio"]["median"]
     return [
         f"A GPT-2 of {result['blocks']} blocks and {result['parameters']:,} parameters on {result['tokens']:,} tokens "
-        "of film reviews. Same seed, same batches; only the gradients differ.",
+        "of film reviews. Same seed, same batches; only the gradients differ: exact, or Highway-BP with k = 1, where "
+        "k is the number of corrections. For comparison, k = 0 is the residual path alone, and the fixed point is one "
+        "correction without a residual path.",
         f"On one device Highway-BP saves no time: a step with k = 1 took {ratio:.2f} times that of a step with exact "
         "gradients. What it buys is parallelism between devices; its price in gradient quality is measured here.",
     ]
@@ -135,6 +139,7 @@ def certification_statements(result: dict[str, Any]) -> list[str]:
         f"of [0, 1]; each certificate fails with probability at most {result['alpha']}.",
         f"The rule {result['chosen_before_the_draws']} was chosen before the draws. The others read the same votes "
         "for comparison: each is valid by itself, the larger of two is not.",
+        "The curves end where that many unanimous votes prove no larger radius.",
         "The guarantee is for the smoothed classifier at model resolution, not for the network inside it. The digits "
         "are gray and enter as three equal channels, so a gray radius is the RGB radius over sqrt(3), as shown.",
     ]

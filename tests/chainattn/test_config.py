@@ -1,5 +1,8 @@
 """The settings dataclass: check, default and save format in one."""
 
+import json
+
+import numpy as np
 import pytest
 
 from hf_chainattn import ChainAttentionConfig
@@ -13,6 +16,11 @@ def test_the_saved_form_round_trips():
 
 def test_none_means_the_defaults():
     assert ChainAttentionConfig.from_value(None) == ChainAttentionConfig(gamma=0.9, diagonal="kept")
+
+
+def test_a_numpy_number_is_stored_as_a_plain_one():
+    stored = ChainAttentionConfig(gamma=np.float32(0.5)).to_dict()
+    assert json.loads(json.dumps(stored)) == {"gamma": 0.5, "diagonal": "kept"}
 
 
 @pytest.mark.parametrize("gamma", [1, 1.0, -1e-9, float("nan"), float("inf")])

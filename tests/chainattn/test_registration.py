@@ -4,7 +4,14 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 import hf_chainattn
 from hf_chainattn import integration
@@ -46,7 +53,35 @@ def test_register_and_unregister_are_idempotent_and_restore_everything():
     assert plain[2].__module__ == plain[3].__module__ == "transformers.modeling_utils"
     assert not hasattr(plain[2], "__wrapped__")
     hf_chainattn.register()
-    assert surface() == registered
+    again = surface()
+    assert again[:2] == registered[:2]
+    assert (again[2].__wrapped__, again[3].__wrapped__, again[4]) == (plain[2], plain[3], None)
+
+
+def test_a_name_held_by_another_library_is_refused():
+    hf_chainattn.unregister()
+    AttentionInterface.register("chain", print)
+    try:
+        with pytest.raises(RuntimeError, match="Another library"):
+            hf_chainattn.register()
+        assert not hf_chainattn.is_registered()
+        assert not hasattr(PreTrainedConfig, "chain_attention")
+    finally:
+        del AttentionInterface._global_mapping["chain"]
+
+
+def test_a_wrapper_of_another_library_is_left_in_place(monkeypatch):
+    """It holds ours, which steps aside while the name is not registered."""
+    ours = PreTrainedModel.post_init
+
+    def theirs(model):
+        ours(model)
+
+    monkeypatch.setattr(PreTrainedModel, "post_init", theirs)
+    hf_chainattn.unregister()
+    assert PreTrainedModel.post_init is theirs
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, bos_token_id=1, eos_token_id=2)
+    assert not hasattr(GPT2Model(config).config, "chain_attention")
 
 
 def test_unregistered_is_what_transformers_was_before_the_import():

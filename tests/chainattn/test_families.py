@@ -1,0 +1,172 @@
+"""Model families that would be silently wrong in one way or another: each is right, or refused by name."""
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_chainattn import UnsupportedModelError, enable_chain_attention
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 101,
+}
+IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def built(model_class, config):
+    """The model in float64 with attention far from uniform."""
+    torch.manual_seed(0)
+    model = model_class._from_config(config, attn_implementation="eager").double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    return model
+
+
+def bigbird_pegasus():
+    config = transformers.BigBirdPegasusConfig(
+        d_model=32,
+        decoder_layers=2,
+        encoder_layers=1,
+        decoder_attention_heads=4,
+        encoder_attention_heads=4,
+        decoder_ffn_dim=64,
+        encoder_ffn_dim=64,
+        vocab_size=101,
+        max_position_embeddings=64,
+        use_cache=False,
+    )
+    return built(transformers.BigBirdPegasusForCausalLM, config)
+
+
+def test_a_decoder_whose_flag_says_bidirectional_cannot_see_the_future():
+    """Oracle: bit equality of all earlier outputs when only the last token changes."""
+    model = enable_chain_attention(bigbird_pegasus())
+    other = IDS.clone()
+    other[:, -1] = (other[:, -1] + 1) % 101
+    with torch.no_grad():
+        first, second = model(IDS).logits, model(other).logits
+    assert torch.equal(first[:, :-1], second[:, :-1])
+    assert not torch.equal(first[:, -1], second[:, -1])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_encoder_whose_flag_says_causal_sees_everything(masked):
+    """Oracle: the model's own eager attention, which gamma = 0 must equal."""
+    model = built(transformers.SplinterModel, transformers.SplinterConfig(**SIZES))
+    mask = {"attention_mask": torch.ones_like(IDS)} if masked else {}
+    with torch.no_grad():
+        expected = model(IDS, **mask).last_hidden_state
+        actual = enable_chain_attention(model, gamma=0.0)(IDS, **mask).last_hidden_state
+    # eager takes its softmax in float32 there
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "more"),
+    [
+        ("Gemma2ForCausalLM", "Gemma2Config", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}),
+        ("MistralForCausalLM", "MistralConfig", {"num_key_value_heads": 2, "sliding_window": 4}),
+        ("Qwen3ForCausalLM", "Qwen3Config", {"num_key_value_heads": 2, "head_dim": 8}),
+        ("OPTForCausalLM", "OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
+        ("DistilBertModel", "DistilBertConfig", {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}),
+        ("ModernBertModel", "ModernBertConfig", {"pad_token_id": 0, "local_attention": 4}),
+        ("AlbertModel", "AlbertConfig", {"embedding_size": 16}),
+    ],
+)
+def test_windows_softcaps_and_shared_layers_are_honoured(model_class, config_class, more):
+    """Oracle: the model's own eager attention, which gamma = 0 must equal, with left padding."""
+    # in float64 eager itself gives nan: its softmax is float32, where the mask's most negative number is -inf
+    model = built(getattr(transformers, model_class), getattr(transformers, config_class)(**SIZES | more)).float()
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        expected = model(IDS, attention_mask=mask)[0]
+        zero = enable_chain_attention(model, gamma=0.0)(IDS, attention_mask=mask)[0]
+        chained = enable_chain_attention(model, gamma=0.9)(IDS, attention_mask=mask)[0]
+    real = mask.bool()
+    torch.testing.assert_close(zero[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert (chained[real] - expected[real]).abs().max() > 1e-3
+
+
+def deepseek_v32():
+    config = CONFIG_MAPPING["deepseek_v32"](
+        **SIZES,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        first_k_dense_replace=2,
+        n_group=1,
+        topk_group=1,
+        index_topk=4,
+        index_n_heads=4,
+        index_head_dim=16,
+    )
+    return built(transformers.DeepseekV32ForCausalLM, config)
+
+
+def gpt_oss():
+    config = transformers.GptOssConfig(**SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=2)
+    return built(transformers.GptOssForCausalLM, config)
+
+
+@pytest.mark.parametrize(("model", "named"), [(deepseek_v32, "indices"), (gpt_oss, "s_aux")])
+def test_sparse_patterns_and_sinks_are_refused_by_name(model, named):
+    chained = enable_chain_attention(model())
+    with pytest.raises(UnsupportedModelError, match=rf"hands \[.*'{named}'"):
+        chained(IDS, use_cache=False)
+
+
+def test_packing_by_sequence_lengths_is_refused_and_by_position_ids_is_exact():
+    """Oracle: the second document alone."""
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
+    model = enable_chain_attention(built(transformers.LlamaForCausalLM, config))
+    lengths = torch.tensor([0, 6, 12], dtype=torch.int32)
+    with pytest.raises(UnsupportedModelError, match="cu_seq_lens_q"):
+        model(IDS[:1], cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=6, max_length_k=6, use_cache=False)
+    positions = torch.arange(6).repeat(2)[None]
+    with torch.no_grad():
+        packed = model(IDS[:1], position_ids=positions, use_cache=False).logits[:, 6:]
+        alone = model(IDS[:1, 6:], use_cache=False).logits
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_differential_attention_is_refused():
+    config = transformers.DiffLlamaConfig(**SIZES, num_key_value_heads=2)
+    model = built(transformers.DiffLlamaForCausalLM, config)
+    with pytest.raises(UnsupportedModelError, match="subtracts two attentions"):
+        enable_chain_attention(model)
+
+
+def test_a_failed_switch_leaves_no_entry_in_the_config(monkeypatch):
+    model = built(transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES))
+    before = model.config.to_dict()
+
+    def failing(*args, **kwargs):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(type(model), "set_attn_implementation", failing)
+    with pytest.raises(RuntimeError, match="no"):
+        enable_chain_attention(model)
+    assert model.config.to_dict() == before
+
+
+def test_attention_weights_are_said_not_to_come(monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_chainattn.integration.logger.warning_once", said.append)
+    model = enable_chain_attention(built(transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES)))
+    model(IDS, use_cache=False)
+    assert said == []
+    model(IDS, use_cache=False, output_attentions=True)
+    assert "no attention weights" in said[0]
