@@ -22,6 +22,9 @@ Counts = NDArray[np.int64]
 # the inverse beta function is good to about 1e-14; the bounds move outward by more than that
 _OUTWARD = 1e-12
 
+# a single bound gets a share of alpha, so it may lie below the least alpha of a certificate
+_LEAST_SHARE = 1e-150
+
 
 def clopper_pearson_lower(successes: ArrayLike, n: ArrayLike, alpha: float) -> NDArray[np.float64]:
     """Exact one-sided lower confidence bound on a binomial proportion.
@@ -213,7 +216,7 @@ def _at_most_remainder(upper: float, lower: float) -> float:
 
 
 def _checked(successes: ArrayLike, n: ArrayLike, alpha: float) -> tuple[Counts, Counts]:
-    check_alpha(alpha)
+    check_alpha(alpha, _LEAST_SHARE)
     k, draws = np.broadcast_arrays(np.asarray(successes, dtype=np.int64), np.asarray(n, dtype=np.int64))
     if np.any(draws < 1) or np.any(k < 0) or np.any(k > draws):
         raise ValueError(f"successes must be in [0, n] with n >= 1, got successes={successes!r}, n={n!r}.")

@@ -15,6 +15,24 @@ from hf_certify.radius import mono_radius, multi_radius
 # another build of scipy may differ in the last digits; a radius is rounded down by as much
 _RELATIVE_TOLERANCE = 1e-9
 
+# the type of each stored value, exactly: a bool is no int, and 1000.0 is no number of draws
+_STORED: dict[str, tuple[type, ...]] = {
+    "index": (int,),
+    "source": (str, type(None)),
+    "label": (int, type(None)),
+    "radius": (float,),
+    "pa_lower": (float,),
+    "pb_upper": (float,),
+    "selection": (list, tuple),
+    "estimation": (list, tuple),
+    "n0": (int,),
+    "n": (int,),
+    "sigma": (float, int),
+    "alpha": (float,),
+    "interval": (str,),
+    "margin": (str,),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Certificate:
@@ -164,12 +182,18 @@ class Certificate:
         """Return the certificate stored by ``to_dict``, not yet verified.
 
         Raises:
+            TypeError: If a value is not of the type that ``to_dict`` gives it.
             ValueError: If a key is missing or unknown.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if values.keys() != names:
             raise ValueError(f"A certificate must hold the keys {sorted(names)}, got {sorted(values)!r}.")
+        for name, kinds in _STORED.items():
+            if type(values[name]) not in kinds:
+                raise TypeError(f"{name} must be {' or '.join(k.__name__ for k in kinds)}, got {values[name]!r}.")
         votes = {name: tuple(values[name]) for name in ("selection", "estimation")}
+        if any(type(count) is not int for sample in votes.values() for count in sample):
+            raise TypeError(f"Votes must be int, got {votes!r}.")
         return cls(**{**values, **votes})
 
 
@@ -182,7 +206,11 @@ def _as_votes(counts: Sequence[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.
 
 
 def _agrees(declared: object, implied: object) -> bool:
-    """Compare exactly, but floats with the relative tolerance that a radius has in reserve."""
+    """Compare types and values exactly, but floats with the relative tolerance that a radius has in reserve."""
+    if type(declared) is not type(implied):
+        return False
+    if isinstance(declared, tuple) and isinstance(implied, tuple):
+        return len(declared) == len(implied) and all(map(_agrees, declared, implied))
     if isinstance(declared, float) and isinstance(implied, float):
         return abs(declared - implied) <= _RELATIVE_TOLERANCE * abs(implied)
     return declared == implied

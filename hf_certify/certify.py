@@ -1,30 +1,27 @@
 """Certification of a pipeline in one call."""
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import math
 import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+import numpy as np
 from tqdm.auto import tqdm
 
 from hf_certify.bounds import require_certifiable
 from hf_certify.config import BatchSize, CertifyConfig, IntervalName, MarginOption
-from hf_certify.noise import NOISE_SCHEMA, fresh_seed
-from hf_certify.report import CertificationReport
+from hf_certify.errors import UnsupportedModelError
+from hf_certify.noise import fresh_seed, require_resolution
+from hf_certify.provenance import machine_facts, model_facts
+from hf_certify.report import CertificationReport, check_labels
 from hf_certify.sampling import default_batch_size
 from hf_certify.smoothing import SmoothedClassifier
 from hf_certify.spaces.image import ImageInput, ImageSpace
+from hf_certify.storage import encode_report
 
 if TYPE_CHECKING:
-    from transformers import ImageClassificationPipeline, PreTrainedModel
-
-_DISTRIBUTIONS = ("hf-chain-highway-certify", "torch", "transformers", "numpy", "scipy", "pillow")
+    from transformers import ImageClassificationPipeline
 
 
 def certify_pipeline(
@@ -51,7 +48,7 @@ def certify_pipeline(
         pipe: Image-classification pipeline with a processor of the ``pil`` backend and a model in evaluation mode.
         inputs: Paths, PIL images or uint8 arrays; a list, a generator, or an image column of a ``datasets.Dataset``. A
             sequence is read twice, anything else is first put into a list.
-        sigma: Standard deviation of the noise, ``> 0``, in raw pixel units.
+        sigma: Standard deviation of the noise, at least ``2**-12``, in raw pixel units.
         n0: Draws that pick the class, ``>= 1``.
         n: Independent draws that give the bounds, ``>= 1``.
         alpha: Failure probability of each certificate, in ``(0, 1)``.
@@ -69,6 +66,7 @@ def certify_pipeline(
         UnsupportedProcessorError: If the processor cannot be undone.
         InputImageError: If an input cannot be read as an image, or does not fit the model.
         InvalidLogitsError: If a logit is NaN or infinite.
+        ReportFolderError: If the report could not be saved, because what identifies model or processor is not plain.
 
     Example:
         >>> from PIL import Image
@@ -85,6 +83,8 @@ def certify_pipeline(
     config = CertifyConfig(
         sigma=sigma, n0=n0, n=n, alpha=alpha, interval=interval, margin=margin, batch_size=batch_size, seed=seed
     )
+    # raw pixels lie in [0, 1]
+    require_resolution(sigma, 1.0)
     space = ImageSpace(pipe)
     require_certifiable(alpha, n, interval=interval, margin=config.resolved_margin, num_classes=space.num_classes)
     images = _as_sequence(inputs)
@@ -99,6 +99,13 @@ def certify_pipeline(
     smoothed = SmoothedClassifier(
         space.model, sigma=sigma, num_classes=space.num_classes, batch_size=config.batch_size, seed=config.seed
     )
+    facts = {
+        "input_shapes": sorted(map(list, shapes)),
+        **space.facts(),
+        **model_facts(pipe.model),
+        **machine_facts(space.device),
+    }
+    _require_storable(CertificationReport(certificates=(), config=config, facts=facts), space.num_classes)
     with tqdm(total=len(images) * (n0 + n), unit="draw", unit_scale=True, disable=not progress) as bar:
         certificates = tuple(
             smoothed.certify(
@@ -114,13 +121,16 @@ def certify_pipeline(
             )
             for position in range(len(images))
         )
-    facts = {
-        "input_shapes": sorted(map(list, shapes)),
-        **space.facts(),
-        **_model_facts(pipe.model),
-        **_machine_facts(space.device),
-    }
     return CertificationReport(certificates=certificates, config=config, facts=facts)
+
+
+def _require_storable(empty: CertificationReport, num_classes: int) -> None:
+    """Raise unless the report can be saved and loaded once it holds certificates: draws must not be made in vain."""
+    encode_report(empty.to_dict())
+    try:
+        check_labels(empty.facts, num_classes)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{error} Set model.config.id2label to {{0: ..., 1: ..., ...}}.") from error
 
 
 def _as_sequence(inputs: Iterable[ImageInput]) -> Sequence[ImageInput]:
@@ -130,9 +140,18 @@ def _as_sequence(inputs: Iterable[ImageInput]) -> Sequence[ImageInput]:
             f"inputs must be a list, a generator or an image column, got {type(inputs).__name__}: wrap a single "
             f"image in a list."
         )
-    # images of a lazily decoded column stay on disk; a generator can be read only once
-    indexable = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
-    images: Sequence[ImageInput] = inputs if indexable else list(inputs)  # type: ignore[assignment]
+    if isinstance(inputs, np.ndarray) and inputs.ndim < 4:
+        raise TypeError(
+            f"inputs must be a list of images, got one array of shape {list(inputs.shape)}: its rows would be taken "
+            f"for images; wrap a single image in a list."
+        )
+    if hasattr(inputs, "column_names"):
+        raise TypeError(
+            f"inputs must be an image column, got a whole {type(inputs).__name__}: pass its image column, such as "
+            f"dataset['image']."
+        )
+    # images of a lazily decoded column stay on disk; other things with an index may count from a label of their own
+    images = inputs if isinstance(inputs, Sequence) else list(inputs)
     if len(images) == 0:
         raise ValueError("inputs must hold at least one image, got none.")
     return images
@@ -140,48 +159,4 @@ def _as_sequence(inputs: Iterable[ImageInput]) -> Sequence[ImageInput]:
 
 def _source(image: ImageInput) -> str | None:
     """Return the path of an input that is one."""
-    return os.fspath(image) if isinstance(image, str | os.PathLike) else None
-
-
-def _model_facts(model: "PreTrainedModel") -> dict[str, Any]:
-    """Return what identifies the model: class, name, labels, dtype, and a SHA-256 of the weights."""
-    return {
-        "model": type(model).__name__,
-        "model_name": model.config._name_or_path,
-        "labels": {str(index): name for index, name in sorted(model.config.id2label.items())},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights_sha256": _weights_hash(model),
-    }
-
-
-def _weights_hash(model: nn.Module) -> str:
-    """Return the SHA-256 of all parameters and buffers with their names, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _machine_facts(device: torch.device) -> dict[str, Any]:
-    """Return what votes on a decision boundary may depend on through floating-point rounding."""
-    return {
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
-        "noise_schema": NOISE_SCHEMA,
-        "versions": {"python": platform.python_version(), **_versions()},
-    }
-
-
-def _versions() -> dict[str, str]:
-    """Return the version of each installed distribution that has a part in the result."""
-    found = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            # a checkout on the path has no metadata of its own
-            found[name] = "not installed"
-    return found
+    return os.fsdecode(image) if isinstance(image, str | os.PathLike) else None

@@ -1,6 +1,7 @@
 """The command line: ``hf-certify run`` certifies images, ``hf-certify report`` checks the result and prints it."""
 
 import contextlib
+import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -10,25 +11,47 @@ from typer.models import OptionInfo
 
 from hf_certify.certify import certify_pipeline
 from hf_certify.config import CertifyConfig, IntervalName, MarginOption
-from hf_certify.errors import CertifyError
+from hf_certify.errors import CertifyError, UnsupportedModelError
+from hf_certify.noise import require_resolution
+from hf_certify.provenance import DISTRIBUTION
 from hf_certify.radius import format_down
 from hf_certify.report import CertificationReport
-from hf_certify.storage import prepare_folder
+from hf_certify.storage import REPORT_FILE, prepare_folder
 
 if TYPE_CHECKING:
     from transformers import ImageClassificationPipeline
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
-app = typer.Typer(
-    help="Randomized-smoothing certificates for image classifiers.", no_args_is_help=True, add_completion=False
-)
+_NO_CLASSIFIER = "MODEL must be an image classifier saved with its processor (Trainer(processing_class=processor))"
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 def _setting(name: str) -> OptionInfo:
     """Return the option of a setting, with the help text of the setting."""
     option: OptionInfo = typer.Option(help=CertifyConfig.help_text(name))
     return option
+
+
+def _show_version(value: bool) -> None:
+    """Print the version and exit."""
+    if value:
+        try:
+            version = importlib.metadata.version(DISTRIBUTION)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed, run from a checkout"
+        typer.echo(f"hf-certify {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Randomized-smoothing certificates for image classifiers."""
 
 
 _DEFAULTS = CertifyConfig(sigma=1.0)
@@ -63,11 +86,14 @@ def run(
             # as text: 128 bits are more than a number on the command line may have
             seed=None if seed is None else _to_int("seed", seed),
         )
+        require_resolution(settings.sigma, 1.0)
         paths = _image_files(images)
         # before the work, so that a report without a place to go costs nothing
-        prepare_folder(output, overwrite=overwrite)
-        report = certify_pipeline(_load_pipeline(model), paths, **settings.to_dict(), progress=not quiet)
-        report.save(output, overwrite=overwrite)
+        with _folder_for(output, overwrite):
+            pipe = _load_pipeline(model, quiet=quiet)
+            report = certify_pipeline(pipe, paths, **settings.to_dict(), progress=not quiet)
+            # a stray file that came in meanwhile must not cost the run; a report must
+            report.save(output, overwrite=overwrite or not (output / REPORT_FILE).exists())
     typer.echo(report.summary())
 
 
@@ -95,6 +121,21 @@ def _errors_as_messages() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+@contextlib.contextmanager
+def _folder_for(output: Path, overwrite: bool) -> Iterator[None]:
+    """Prepare the report folder, and remove what was created for it, unless the work inside gets done."""
+    created = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        prepare_folder(output, overwrite=overwrite)
+        yield
+    except BaseException:
+        for folder in created:
+            # only an empty folder can be removed
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def _to_int(name: str, text: str) -> int:
     try:
         return int(text)
@@ -106,14 +147,16 @@ def _image_files(paths: list[Path]) -> list[Path]:
     """Return the given files, and the image files of given folders sorted by name.
 
     Raises:
-        ValueError: If a folder holds no image file.
+        ValueError: If a path does not exist, or a folder holds no image file.
     """
     files: list[Path] = []
     for path in paths:
+        if not path.exists():
+            raise ValueError(f"IMAGES must be files or folders that exist, got {str(path)!r}.")
         if not path.is_dir():
             files.append(path)
             continue
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
         if not found:
             raise ValueError(
                 f"An image folder must hold files with one of {sorted(IMAGE_SUFFIXES)}, got {str(path)!r}."
@@ -122,13 +165,33 @@ def _image_files(paths: list[Path]) -> list[Path]:
     return files
 
 
-def _load_pipeline(model: str) -> "ImageClassificationPipeline":
-    """Return the image-classification pipeline of a folder or hub id, its processor on the ``pil`` backend."""
-    # here, so that --help and the report command do not wait for it
-    from transformers import AutoImageProcessor, pipeline
+def _load_pipeline(model: str, *, quiet: bool) -> "ImageClassificationPipeline":
+    """Return the image-classification pipeline of a folder or hub id, its processor on the ``pil`` backend.
 
-    processor = AutoImageProcessor.from_pretrained(model, backend="pil")
-    return pipeline("image-classification", model=model, image_processor=processor)
+    Raises:
+        UnsupportedModelError: If there is no image classifier with its image processor, or weights are missing.
+    """
+    # here, so that --help and the report command do not wait for it
+    from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    if quiet:
+        logging.disable_progress_bar()
+    try:
+        processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+        classifier, loading = AutoModelForImageClassification.from_pretrained(model, output_loading_info=True)
+        pipe = pipeline("image-classification", model=classifier, image_processor=processor)
+    # a damaged file may raise anything
+    except Exception as error:
+        raise UnsupportedModelError(f"{_NO_CLASSIFIER}, got {model!r}: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    # transformers would go on with random weights in their place
+    if missing := sorted(loading["missing_keys"]):
+        raise UnsupportedModelError(f"{_NO_CLASSIFIER}, got {model!r} without the weights {missing!r}.")
+    return pipe
 
 
 def _table(loaded: CertificationReport) -> list[str]:
@@ -143,4 +206,5 @@ def _table(loaded: CertificationReport) -> list[str]:
             f"{certificate.index:>5}  {label:<20.20}  {format_down(certificate.radius):>7}  "
             f"{format_down(certificate.pa_lower, 4):>7}  {upper:>7.4f}  {certificate.source or ''}".rstrip()
         )
-    return lines
+    # names of files and classes may hold what the terminal's encoding cannot
+    return [line.encode("utf-8", "backslashreplace").decode() for line in lines]

@@ -12,17 +12,23 @@ BatchSize = int | Literal["auto"]
 # 2**128: the width of the entropy that seed=None takes from the operating system
 MAX_SEED = 2**128
 
+# with eight standard deviations of noise at both ends, nothing leaves float32
+MAX_SIGMA = 1e37
+
+# further down the inverse beta function of scipy is NaN or loses its digits
+MIN_ALPHA = 1e-100
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CertifyConfig:
     """Validated settings of a certification run.
 
     Attributes:
-        sigma: Standard deviation of the noise, ``> 0``, in the units of the space: raw pixels in
+        sigma: Standard deviation of the noise, in ``(0, 1e37]``, in the units of the space: raw pixels in
             ``[0, 1]`` for images.
         n0: Draws of the selection sample, ``>= 1``, which picks the class (and the partition of ``cpm``).
         n: Draws of the estimation sample, ``>= 1``, independent of the first, which gives the bounds.
-        alpha: Failure probability of one certificate, in ``(0, 1)``. ``M`` inputs together may fail with
+        alpha: Failure probability of one certificate, in ``[1e-100, 1)``. ``M`` inputs together may fail with
             up to ``alpha * M``.
         interval: How the class probabilities are bounded: ``cohen``, ``bonferroni``, ``cpm`` or ``max_upper``.
         margin: ``mono`` uses the bound on the top class alone, ``multi`` also bounds the runner-up, ``auto`` is
@@ -124,15 +130,23 @@ def _require_real(name: str, value: object) -> None:
 def _check_sigma(sigma: float) -> None:
     """Raise unless ``sigma`` is a finite positive number."""
     _require_real("sigma", sigma)
-    if not (math.isfinite(sigma) and sigma > 0):
+    # as comparisons: an int may be too large for a float
+    if not 0 < sigma < math.inf:
         raise ValueError(f"sigma must be finite and > 0, got {sigma!r}: without noise there is nothing to certify.")
+    if sigma > MAX_SIGMA:
+        raise ValueError(f"sigma must be at most {MAX_SIGMA:g}, got {sigma!r}: float32 would overflow; rescale x.")
 
 
-def check_alpha(alpha: float) -> None:
-    """Raise unless ``alpha`` is in ``(0, 1)``."""
+def check_alpha(alpha: float, least: float = MIN_ALPHA) -> None:
+    """Raise unless ``alpha`` is in ``[least, 1)``."""
     _require_real("alpha", alpha)
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be in (0, 1), got {alpha!r}: it is a failure probability, 0.001 is customary.")
+    if alpha < least:
+        raise ValueError(
+            f"alpha must be at least {least:g}, got {alpha!r}: bounds further down cannot be computed; choose a "
+            f"larger alpha."
+        )
 
 
 def _check_draws(name: str, value: int, remedy: str = "") -> None:

@@ -34,6 +34,23 @@ class Stage(enum.IntEnum):
     PREDICTION = 2
 
 
+def require_resolution(sigma: float, largest: float) -> None:
+    """Raise unless float32 keeps the noise when it is added to values of magnitude up to ``largest``.
+
+    Neighbours of a float32 value ``x`` are at most ``2**-23 * |x|`` apart, so the rule leaves at least 2,048 of them
+    in one standard deviation. The floor of 1 under ``largest`` is for what a model adds to its input, such as biases.
+
+    Raises:
+        ValueError: If ``sigma < 2**-12 * max(1, largest)``.
+    """
+    least = 2**-12 * max(1.0, largest)
+    if sigma < least:
+        raise ValueError(
+            f"sigma must be at least {least:.4g} for values up to {largest:.4g}, got {sigma!r}: float32 would round "
+            f"the noise away; rescale x."
+        )
+
+
 def fresh_seed() -> int:
     """Return 128 bits from the operating system, in ``[0, 2**128)``."""
     return secrets.randbelow(MAX_SEED)

@@ -1,11 +1,17 @@
 """Certified l2 radii from probability bounds, and numbers printed so that no claim grows by rounding."""
 
-from decimal import ROUND_DOWN, Decimal
+import math
+from decimal import ROUND_CEILING, ROUND_DOWN, Context, Decimal
 
 from scipy import special
 
 # the normal quantile is good to about 1e-15; the radius gives up more than that
 _DOWN = 1e-9
+# next to a tie the difference of two quantiles keeps only their absolute error, in units of sigma
+_DOWN_ABSOLUTE = 1e-14
+
+# more digits than any float has, so that cutting one off is always possible
+_WIDE = Context(prec=800)
 
 
 def mono_radius(sigma: float, pa_lower: float) -> float:
@@ -48,7 +54,8 @@ def multi_radius(sigma: float, pa_lower: float, pb_upper: float) -> float:
     """
     if pa_lower <= pb_upper:
         return 0.0
-    return float(sigma / 2 * (special.ndtri(pa_lower) - special.ndtri(pb_upper)) * (1 - _DOWN))
+    radius = sigma / 2 * (special.ndtri(pa_lower) - special.ndtri(pb_upper)) * (1 - _DOWN)
+    return max(0.0, float(radius - _DOWN_ABSOLUTE * sigma))
 
 
 def format_down(value: float, digits: int = 3) -> str:
@@ -62,5 +69,20 @@ def format_down(value: float, digits: int = 3) -> str:
         >>> format_down(3 / 5)
         '0.600'
     """
+    if not math.isfinite(value):
+        return str(float(value))
     # the shortest decimal of the float: its exact value may lie just below a share such as 3 / 5
-    return str(Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_DOWN))
+    unit = Decimal(1).scaleb(-digits)
+    return str(Decimal(repr(float(value))).quantize(unit, rounding=ROUND_DOWN, context=_WIDE))
+
+
+def format_failure(alpha: float, certificates: int) -> str:
+    """Return ``min(1, alpha * certificates)`` with 3 significant digits, rounded up: no printed risk is too small.
+
+    Example:
+        >>> format_failure(0.001, 4), format_failure(0.00123456, 1)
+        ('0.004', '0.00124')
+    """
+    # the shortest decimal of alpha: 3 * 0.1 in floats would be printed as 0.301
+    risk = min(Decimal(1), Decimal(repr(float(alpha))) * certificates)
+    return f"{Context(prec=3, rounding=ROUND_CEILING).plus(risk):g}"

@@ -4,22 +4,24 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 
 from hf_certify.certificate import Certificate
 from hf_certify.config import CertifyConfig, IntervalName, MarginOption
 from hf_certify.errors import ReportFolderError, VerificationError
-from hf_certify.radius import format_down
+from hf_certify.radius import format_down, format_failure
 from hf_certify.storage import prepare_folder, read_report, write_report
 
 # raise it whenever the meaning of a stored key changes
-REPORT_SCHEMA = 1
+REPORT_SCHEMA = 2
 
 DEFAULT_RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _SETTINGS_OF_EACH = ("n0", "n", "sigma", "alpha", "interval")
+
+_KEYS = frozenset({"schema", "config", "facts", "derived_from", "count", "certificates"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +75,7 @@ class CertificationReport:
             >>> report.certified_accuracy([0], radii=[0, 0.5, 1])
             (1.0, 1.0, 0.0)
         """
-        correct = self._correct(labels)
-        return tuple(sum(c.radius >= radius for c in correct) / len(self.certificates) for radius in radii)
+        return self._shares(self._correct(labels), radii)
 
     def average_certified_radius(self, labels: Sequence[int]) -> float:
         """Return the mean radius over all inputs, 0 for a wrong class or an abstention (ACR).
@@ -125,6 +126,11 @@ class CertificationReport:
             raise VerificationError("A report must hold at least one certificate, got none.")
         for position, certificate in enumerate(self.certificates):
             certificate.verify()
+            if len(certificate.estimation) != (classes := len(self.certificates[0].estimation)):
+                raise VerificationError(
+                    f"Certificate {position} must have as many classes as the first, {classes}, got "
+                    f"{len(certificate.estimation)}."
+                )
             if certificate.index != position:
                 raise VerificationError(f"Certificate {position} must have this index, got {certificate.index!r}.")
             for name in _SETTINGS_OF_EACH:
@@ -148,21 +154,19 @@ class CertificationReport:
             ValueError: If there is not one class index for each certificate.
         """
         total, config = len(self.certificates), self.config
-        # an abstention has the radius 0 and no class, and counts for nothing under any index
-        own = [0 if certificate.label is None else certificate.label for certificate in self.certificates]
-        known = own if labels is None else labels
+        counted = [c for c in self.certificates if not c.abstained] if labels is None else self._correct(labels)
         shares = [
             f"{radius:g}: {format_down(share)}"
-            for radius, share in zip(radii, self.certified_accuracy(known, radii), strict=True)
+            for radius, share in zip(radii, self._shares(counted, radii), strict=True)
         ]
         lines = [
             f"{total} inputs, sigma {config.sigma}, interval {config.interval}, margin {config.resolved_margin}, "
             f"{self.draws_per_input} draws per input",
             f"certified {'share' if labels is None else 'accuracy'} at l2 radius  " + "  ".join(shares),
-            f"average certified radius {format_down(self.average_certified_radius(known))}, "
+            f"average certified radius {format_down(sum(c.radius for c in counted) / total)}, "
             f"abstentions {self.abstentions}",
             f"each certificate is wrong with probability at most {config.alpha}, any of the {total} with at most "
-            f"{min(1.0, total * config.alpha):.3g}; they hold for the smoothed classifier",
+            f"{format_failure(config.alpha, total)}; they hold for the smoothed classifier",
         ]
         if self.derived_from is not None:
             lines.append(
@@ -179,16 +183,21 @@ class CertificationReport:
             overwrite: Whether the folder may hold files already; a report in it is replaced.
 
         Raises:
-            ReportFolderError: If the folder holds something and ``overwrite`` is false, or it cannot be written to.
+            ReportFolderError: If the folder holds something and ``overwrite`` is false, it cannot be written to, or
+                ``facts`` hold something that JSON does not know.
         """
-        values = {
+        return write_report(prepare_folder(folder, overwrite=overwrite), self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, ready for JSON."""
+        return {
             "schema": REPORT_SCHEMA,
             "config": self.config.to_dict(),
             "facts": self.facts,
             "derived_from": self.derived_from,
+            "count": len(self.certificates),
             "certificates": [certificate.to_dict() for certificate in self.certificates],
         }
-        return write_report(prepare_folder(folder, overwrite=overwrite), values)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
@@ -197,19 +206,18 @@ class CertificationReport:
         Raises:
             ReportFolderError: If there is no report, or it is not one that this version understands.
         """
-        values = read_report(folder)
-        if values.get("schema") != REPORT_SCHEMA:
-            raise ReportFolderError(
-                f"The report in {str(folder)!r} must have schema {REPORT_SCHEMA}, got {values.get('schema')!r}: read "
-                f"it with the version of the package that wrote it."
-            )
+        values = read_report(folder, REPORT_SCHEMA)
         try:
-            return cls(
+            _check_parts(values)
+            loaded = cls(
                 certificates=tuple(Certificate.from_dict(item) for item in values["certificates"]),
                 config=CertifyConfig.from_dict(values["config"]),
                 facts=values["facts"],
                 derived_from=values["derived_from"],
             )
+            for classes in {len(certificate.estimation) for certificate in loaded.certificates}:
+                check_labels(loaded.facts, classes)
+            return loaded
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ReportFolderError(f"The report in {str(folder)!r} is damaged: {error!r}.") from error
 
@@ -228,4 +236,42 @@ class CertificationReport:
                     f"model.config.label2id to turn names into indices."
                 )
         pairs = zip(self.certificates, labels, strict=True)
-        return [certificate for certificate, label in pairs if certificate.label == label]
+        return [c for c, label in pairs if not c.abstained and c.label == label]
+
+    def _shares(self, counted: Sequence[Certificate], radii: Sequence[float]) -> tuple[float, ...]:
+        """Return, of all inputs, the share that is among ``counted`` with at least each radius."""
+        return tuple(sum(c.radius >= radius for c in counted) / len(self.certificates) for radius in radii)
+
+
+def check_labels(facts: dict[str, Any], num_classes: int) -> None:
+    """Raise unless the names of the classes, where ``facts`` holds them, are one for each class.
+
+    Raises:
+        ValueError: If ``facts["labels"]`` is no dict with a text for each of ``"0"`` to ``str(num_classes - 1)``.
+    """
+    names = facts.get("labels")
+    if "labels" not in facts:
+        return
+    known = {str(index) for index in range(num_classes)}
+    if not isinstance(names, dict) or names.keys() != known or not all(isinstance(v, str) for v in names.values()):
+        raise ValueError(f"labels must hold one name for each of {num_classes} classes, got {names!r}.")
+
+
+def _check_parts(values: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless a stored report has exactly the known keys with values of the right kind."""
+    if values.keys() != _KEYS:
+        raise ValueError(f"A report must hold the keys {sorted(_KEYS)}, got {sorted(values)!r}.")
+    settings = {field.name for field in dataclasses.fields(CertifyConfig)}
+    # a setting that is left out would be replaced by today's default
+    if not isinstance(values["config"], dict) or not settings <= values["config"].keys():
+        raise ValueError(f"config must hold the keys {sorted(settings)}, got {values['config']!r}.")
+    if not isinstance(values["facts"], dict):
+        raise ValueError(f"facts must be a JSON object, got {values['facts']!r}.")
+    if values["derived_from"] not in (None, *get_args(IntervalName)):
+        raise ValueError(f"derived_from must be null or the name of a rule, got {values['derived_from']!r}.")
+    count, certificates = values["count"], values["certificates"]
+    if not isinstance(certificates, list) or type(count) is not int or count != len(certificates):
+        raise ValueError(f"certificates must be a list of count={count!r} items.")
+    classes = {len(item["estimation"]) for item in certificates}
+    if len(classes) > 1:
+        raise ValueError(f"All certificates must have the same number of classes, got {sorted(classes)}.")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_certify.errors import InvalidLogitsError, UnsupportedModelError
 
@@ -33,10 +34,11 @@ def default_batch_size(model: nn.Module, input_size: int, n: int) -> int:
 
 
 def require_eval_mode(model: nn.Module) -> None:
-    """Raise unless every module of ``model`` is in evaluation mode.
+    """Raise unless every module of ``model`` is in evaluation mode and treats each row of a batch by itself.
 
     Raises:
-        UnsupportedModelError: If one is training: dropout or batch statistics would make votes depend on one another.
+        UnsupportedModelError: If one is training, or normalises by the statistics of the batch in evaluation mode:
+            dropout or batch statistics would make votes depend on one another.
     """
     training = [name or "the model itself" for name, module in model.named_modules() if module.training]
     if training:
@@ -44,6 +46,12 @@ def require_eval_mode(model: nn.Module) -> None:
             f"All modules must be in evaluation mode, got {len(training)} in training mode (first: {training[0]!r}): "
             f"call model.eval()."
         )
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise UnsupportedModelError(
+                f"Batch normalisation must use running statistics, got {name or 'the model itself'!r} without: in "
+                f"evaluation mode, too, it mixes the rows of a batch; train it with track_running_stats=True."
+            )
 
 
 def count_votes(

@@ -13,11 +13,14 @@ from hf_certify.bounds import require_certifiable
 from hf_certify.certificate import Certificate
 from hf_certify.config import BatchSize, CertifyConfig, IntervalName, MarginOption, check_index
 from hf_certify.errors import InvalidLogitsError, UnsupportedModelError
-from hf_certify.noise import Stage, draw_noise, fresh_seed
+from hf_certify.noise import Stage, draw_noise, fresh_seed, require_resolution
 from hf_certify.partition import rank_classes
 from hf_certify.sampling import count_votes, default_batch_size, require_eval_mode
 
 Progress = Callable[[int], object]
+
+# with eight standard deviations of the largest sigma on top, nothing leaves float32
+_MAX_VALUE = 1e38
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,8 @@ class SmoothedClassifier:
 
     Args:
         model: Maps `[B, *shape]` float32 to logits `[B, K]`, each row by itself. Not modified.
-        sigma: Standard deviation of the noise, ``> 0``, in the units of ``x``.
+        sigma: Standard deviation of the noise, in the units of ``x``, at least ``2**-12 * max(1, max |x|)``: float32
+            would round less noise away.
         num_classes: K, ``>= 2``.
         batch_size: Rows of every forward pass, ``>= 1``, or ``auto``.
         seed: Root of all noise, in ``[0, 2**128)``; ``None`` draws 128 bits from the operating system. Must be chosen
@@ -126,12 +130,12 @@ class SmoothedClassifier:
 
         Raises:
             TypeError: If ``x`` is not a float32 tensor, or a setting is of the wrong kind.
-            ValueError: If ``x`` is empty or not finite, a setting is out of range, or ``n`` is too small to certify
-                anything.
+            ValueError: If ``x`` is empty or not finite, a setting is out of range, ``sigma`` is too small for ``x``,
+                or ``n`` is too small to certify anything.
             UnsupportedModelError: If a module is in training mode, or the output is not `[B, K]`.
             InvalidLogitsError: If a logit is NaN or infinite.
         """
-        _check_input(x)
+        _check_input(x, self.sigma)
         config = CertifyConfig(sigma=self.sigma, n0=n0, n=n, alpha=alpha, interval=interval, margin=margin)
         require_certifiable(alpha, n, interval=interval, margin=config.resolved_margin, num_classes=self.num_classes)
         number = self._take_index(index)
@@ -162,11 +166,12 @@ class SmoothedClassifier:
 
         Raises:
             TypeError: If ``x`` is not a float32 tensor, or a setting is of the wrong kind.
-            ValueError: If ``x`` is empty or not finite, or a setting is out of range.
+            ValueError: If ``x`` is empty or not finite, a setting is out of range, or ``sigma`` is too small for
+                ``x``.
             UnsupportedModelError: If a module is in training mode, or the output is not `[B, K]`.
             InvalidLogitsError: If a logit is NaN or infinite.
         """
-        _check_input(x)
+        _check_input(x, self.sigma)
         CertifyConfig(sigma=self.sigma, n=n, alpha=alpha)
         rows = default_batch_size(self.model, x.numel(), n) if self.batch_size == "auto" else self.batch_size
         counts = self._count(x, n, self._take_index(index), Stage.PREDICTION, rows, None)
@@ -215,10 +220,16 @@ def _two_sided_p_value(leader: int, second: int) -> float:
     return min(1.0, 2 * tail * (1 + 1e-12))
 
 
-def _check_input(x: Tensor) -> None:
-    """Raise unless ``x`` is a finite float32 tensor with at least one element."""
+def _check_input(x: Tensor, sigma: float) -> None:
+    """Raise unless ``x`` is a finite float32 tensor with at least one element to which the noise can be added."""
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a float32 tensor, got {got}: pass x.float(), which is then what is certified.")
     if x.numel() == 0 or not bool(torch.isfinite(x).all()):
         raise ValueError(f"x must hold at least one value and be finite, got a tensor of shape {list(x.shape)}.")
+    largest = float(x.abs().max())
+    if largest > _MAX_VALUE:
+        raise ValueError(
+            f"x must hold values up to {_MAX_VALUE:g}, got {largest:.4g}: float32 would overflow; rescale x."
+        )
+    require_resolution(sigma, largest)

@@ -26,12 +26,16 @@ ImageInput = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 # float32 arithmetic in another order stays within a few ulp of this
 _AFFINE_TOLERANCE = 1e-5
 
+# numbers of channels that image processors look for at either end of a shape
+_CHANNEL_COUNTS = frozenset({1, 3, 4})
+
 
 class RawPixelModel(nn.Module):
     """The model as a function of raw pixels: normalise, run, return the logits.
 
     Args:
-        model: Image classifier of transformers; takes ``pixel_values`` and returns an object with ``logits``.
+        model: Image classifier of transformers; takes ``pixel_values`` and returns an object with ``logits``, as many
+            as its ``config.num_labels``.
         scale: `[C, 1, 1]` float32 factor for each channel.
         shift: `[C, 1, 1]` float32 offset for each channel.
     """
@@ -49,9 +53,25 @@ class RawPixelModel(nn.Module):
         return torch.addcmul(self.shift, raw, self.scale)
 
     def forward(self, raw: Tensor) -> Tensor:
-        """Return logits `[B, K]` of raw pixels `[B, C, H, W]`, in the dtype of the model."""
+        """Return logits `[B, K]` of raw pixels `[B, C, H, W]`, in the dtype of the model.
+
+        Raises:
+            UnsupportedModelError: If the model returns no object with logits, or not ``config.num_labels`` of them.
+        """
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), raw.dtype)
-        logits: Tensor = self.model(pixel_values=self.normalize(raw).to(dtype)).logits
+        output = self.model(pixel_values=self.normalize(raw).to(dtype))
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise UnsupportedModelError(
+                f"The model must return an object with logits, got {type(output).__name__}: set "
+                f"model.config.return_dict = True."
+            )
+        declared = self.model.config.num_labels  # type: ignore[union-attr]
+        if logits.shape != (len(raw), declared):
+            raise UnsupportedModelError(
+                f"The model must return as many logits as config.num_labels={declared!r} for each image, got shape "
+                f"{list(logits.shape)} for {len(raw)} images: set config.num_labels to the width of the head."
+            )
         return logits
 
 
@@ -65,7 +85,8 @@ class ImageSpace:
         TypeError: If ``pipe`` is not a pipeline.
         UnsupportedModelError: If the task is another, or the model has one class, several labels for an image, or a
             module in training mode.
-        UnsupportedProcessorError: If the processor does not use the ``pil`` backend, or its settings cannot be undone.
+        UnsupportedProcessorError: If the processor does not use the ``pil`` backend, its settings cannot be undone, or
+            it does more than rescale and normalise to an image that holds every 8-bit value.
     """
 
     def __init__(self, pipe: "ImageClassificationPipeline") -> None:
@@ -77,6 +98,7 @@ class ImageSpace:
         scale, shift = _affine_map(self.processor)
         self.model = RawPixelModel(pipe.model, scale.to(pipe.model.device), shift.to(pipe.model.device))
         self.device = torch.device(pipe.model.device)
+        self._check_processor(len(scale))
 
     def encode(self, image: ImageInput, position: int) -> Tensor:
         """Return the raw pixels of one image, as the pipeline's processor resizes and crops it.
@@ -97,11 +119,41 @@ class ImageSpace:
                 cropping.
         """
         loaded = _load(image, position, gray=self.channels == 1)
-        bytes_, pixel_values = self._process(loaded, position)
+        bytes_, pixel_values = self._process(loaded, f"Input {position}")
         if self.channels is not None and bytes_.shape[0] != self.channels:
             raise InputImageError(
                 f"Input {position} must give {self.channels} channels for this model, got {bytes_.shape[0]}: convert "
                 f"the image, e.g. with image.convert('RGB')."
+            )
+        return self._raw(bytes_, pixel_values, f"input {position}")
+
+    def _check_processor(self, mean_values: int) -> None:
+        """Push an image that holds every 8-bit value in every channel through the processor."""
+        channels = self.channels or mean_values
+        if mean_values not in (1, channels):
+            raise UnsupportedProcessorError(
+                f"image_mean and image_std must hold 1 or {channels} values for a model of {channels} channels, got "
+                f"{mean_values}: set them in the processor."
+            )
+        # a model that does not say how many channels it has may take either
+        modes = ["L"] if self.channels == 1 else ["RGB"] if self.channels or mean_values > 1 else ["RGB", "L"]
+        for mode in modes:
+            try:
+                processed = self._process(Image.fromarray(_probe(mode)), "A test image")
+            except InputImageError as error:
+                if mode != modes[-1]:
+                    continue
+                raise UnsupportedProcessorError(f"{error} Give model and processor the same channels.") from error
+            self._raw(*processed, "an image of all 8-bit values")
+            return
+
+    def _raw(self, bytes_: Tensor, pixel_values: Tensor, name: str) -> Tensor:
+        """Return raw pixels, after checking that the processor made ``pixel_values`` of them by its affine map."""
+        if bytes_.shape != pixel_values.shape:
+            raise UnsupportedProcessorError(
+                f"The processor must only rescale and normalise after resizing and cropping, got "
+                f"{type(self.processor).__name__}, which makes {list(pixel_values.shape)} of {list(bytes_.shape)}: "
+                f"build the pipeline with a processor such as ViTImageProcessorPil."
             )
         raw = (bytes_ / 255).to(self.device)
         error = (self.model.normalize(raw) - pixel_values.to(self.device)).abs()
@@ -109,7 +161,7 @@ class ImageSpace:
         if not bool((error <= _AFFINE_TOLERANCE * (self.model.scale.abs() + self.model.shift.abs())).all()):
             raise UnsupportedProcessorError(
                 f"The processor must only rescale and normalise after resizing and cropping, got "
-                f"{type(self.processor).__name__}, whose pixel_values for input {position} differ from that by up to "
+                f"{type(self.processor).__name__}, whose pixel_values for {name} differ from that by up to "
                 f"{float(error.max()):.3g}: build the pipeline with a processor such as ViTImageProcessorPil."
             )
         return raw
@@ -124,13 +176,13 @@ class ImageSpace:
             "processor_config": json.loads(self.processor.to_json_string()),
         }
 
-    def _process(self, image: Image.Image | NDArray[np.uint8], position: int) -> tuple[Tensor, Tensor]:
+    def _process(self, image: Image.Image | NDArray[np.uint8], name: str) -> tuple[Tensor, Tensor]:
         """Return the processor's output before and after rescaling and normalising, each `[C, H, W]` float32."""
         try:
             before = self.processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")
             after = self.processor(images=image, return_tensors="pt")
-        except ValueError as error:
-            raise InputImageError(f"Input {position} must fit the image processor, which says: {error}") from error
+        except Exception as error:
+            raise InputImageError(f"{name} must fit the image processor, which says: {error}") from error
         for output in (before, after):
             if set(output) != {"pixel_values"} or output["pixel_values"].ndim != 4 or len(output["pixel_values"]) != 1:
                 raise UnsupportedProcessorError(
@@ -149,6 +201,10 @@ def _require_image_classification(pipe: "ImageClassificationPipeline") -> None:
     if pipe.task != "image-classification":
         raise UnsupportedModelError(f"The task of the pipeline must be 'image-classification', got {pipe.task!r}.")
     config = pipe.model.config
+    if getattr(config, "return_dict", True) is False:
+        raise UnsupportedModelError(
+            "The model must return an object with logits, got return_dict=False: set model.config.return_dict = True."
+        )
     if config.num_labels < 2:
         raise UnsupportedModelError(
             f"The model must have at least 2 classes, got num_labels={config.num_labels!r}: there is no other class "
@@ -172,36 +228,58 @@ def _affine_map(processor: "BaseImageProcessor") -> tuple[Tensor, Tensor]:
             f"The image processor must use the 'pil' backend, got {backend!r} from {type(processor).__name__}: load "
             f"it with AutoImageProcessor.from_pretrained(..., backend='pil')."
         )
-    factor = processor.rescale_factor if processor.do_rescale else 1.0
-    mean: Any = processor.image_mean if processor.do_normalize else 0.0
-    std: Any = processor.image_std if processor.do_normalize else 1.0
-    mean, std = np.atleast_1d(np.asarray(mean, np.float64)), np.atleast_1d(np.asarray(std, np.float64))
-    if not (np.isfinite(factor) and factor > 0 and np.all(np.isfinite(mean)) and np.all(np.isfinite(std) & (std > 0))):
+    declared: tuple[Any, Any, Any] = (
+        processor.rescale_factor if processor.do_rescale else 1.0,
+        processor.image_mean if processor.do_normalize else 0.0,
+        processor.image_std if processor.do_normalize else 1.0,
+    )
+    try:
+        factor, mean, std = np.broadcast_arrays(*(np.atleast_1d(np.asarray(v, np.float64)) for v in declared))
+        usable = mean.ndim == 1 and np.all(np.isfinite([factor, mean, std])) and np.all((factor > 0) & (std > 0))
+    except (TypeError, ValueError):
+        # no number at all, or lists of unlike lengths
+        usable = False
+    if not usable:
         raise UnsupportedProcessorError(
-            f"rescale_factor and image_std must be finite and > 0, got rescale_factor={factor!r}, "
-            f"image_mean={processor.image_mean!r}, image_std={processor.image_std!r}: the pixels could not be "
-            f"recovered."
+            f"rescale_factor and image_std must be finite and > 0, image_mean and image_std of one length, got "
+            f"rescale_factor={processor.rescale_factor!r}, image_mean={processor.image_mean!r}, "
+            f"image_std={processor.image_std!r}: the pixels could not be recovered."
         )
-    scale, shift = np.broadcast_arrays(255 * factor / std, -mean / std)
+    scale, shift = 255 * factor / std, -mean / std
     return tuple(torch.tensor(part[:, None, None], dtype=torch.float32) for part in (scale, shift))  # type: ignore[return-value]
 
 
 def _load(image: ImageInput, position: int, *, gray: bool) -> Image.Image | NDArray[np.uint8]:
     """Return one input as the processor takes it: PIL images, files and flat arrays as RGB or gray."""
     if isinstance(image, str | os.PathLike):
+        name = os.fsdecode(image)
+        if os.path.isdir(image):
+            raise InputImageError(
+                f"Input {position} must be a readable image file, got the folder {name!r}: pass the files in it: "
+                f"sorted(Path({name!r}).glob('*.png'))."
+            )
         try:
             with Image.open(image) as opened:
                 return _convert(opened, gray)
-        except (OSError, ValueError) as error:
-            raise InputImageError(
-                f"Input {position} must be a readable image file, got {os.fspath(image)!r}: {error}"
-            ) from error
+        # a broken file may raise anything, such as SyntaxError or DecompressionBombError
+        except Exception as error:
+            raise InputImageError(f"Input {position} must be a readable image file, got {name!r}: {error}") from error
     if isinstance(image, Image.Image):
-        return _convert(image, gray)
+        try:
+            return _convert(image, gray)
+        # an image opened from a file reads its pixels only now
+        except Exception as error:
+            name = getattr(image, "filename", "") or type(image).__name__
+            raise InputImageError(f"Input {position} must be a readable image, got {name!r}: {error}") from error
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
         if image.ndim not in (2, 3) or image.size == 0:
             raise InputImageError(
                 f"Input {position} must have shape [H, W], [H, W, C] or [C, H, W], got {list(image.shape)}."
+            )
+        if image.ndim == 3 and {image.shape[0], image.shape[-1]} <= _CHANNEL_COUNTS:
+            raise InputImageError(
+                f"Input {position} must have one dimension that can only be that of the channels, got shape "
+                f"{list(image.shape)}, which can be read in two ways: convert with Image.fromarray."
             )
         return _convert(Image.fromarray(image), gray) if image.ndim == 2 else image
     kind = f"an array of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -209,6 +287,16 @@ def _load(image: ImageInput, position: int, *, gray: bool) -> Image.Image | NDAr
         f"Input {position} must be a path, a PIL image or a uint8 array, got {kind}: 8-bit values fix what raw pixels "
         f"in [0, 1] are; for a datasets.Dataset pass its image column."
     )
+
+
+def _probe(mode: str) -> NDArray[np.uint8]:
+    """Return an image `[256, 256, 3]`, or `[256, 256]` for mode ``L``, with every 8-bit value in every channel."""
+    rows, columns = np.mgrid[:256, :256]
+    # two full waves in each row, so that a crop keeps one; their clipped tops keep 0 and 255 when resizing blurs
+    phase = (columns + rows / 32) / 128
+    waves = [335 * np.abs(2 * ((phase + shift) % 1) - 1) - 40 for shift in (0, 1 / 3, 2 / 3)]
+    values = np.clip(np.round(np.stack(waves, axis=-1)), 0, 255).astype(np.uint8)
+    return values if mode == "RGB" else values[..., 0]
 
 
 def _convert(image: Image.Image, gray: bool) -> Image.Image:

@@ -3,6 +3,7 @@
 import warnings
 from fractions import Fraction
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given
@@ -149,3 +150,22 @@ def test_too_few_draws_to_certify_anything_are_refused_with_the_number_needed():
 def test_impossible_counts_and_levels_are_refused(bound, k, n, alpha):
     with pytest.raises(ValueError, match="must be in"):
         bound(k, n, alpha)
+
+
+@pytest.mark.parametrize("alpha", [1e-100, 1e-104])
+@pytest.mark.parametrize("successes", [400, 990, 1000])
+def test_bounds_at_the_least_alpha_are_sound_and_tight(successes, alpha):
+    """Oracle: the binomial tail at the bound, summed with 60 digits; 1e-104 is a share of the least alpha."""
+    with mpmath.workdps(60):
+        lower = mpmath.mpf(float(clopper_pearson_lower(successes, 1000, alpha)))
+        upper = mpmath.mpf(float(clopper_pearson_upper(1000 - successes, 1000, alpha)))
+        for p in (lower, 1 - upper):
+            tail = sum(mpmath.binomial(1000, k) * p**k * (1 - p) ** (1000 - k) for k in range(successes, 1001))
+            assert 0.999 * alpha <= tail <= alpha
+
+
+def test_an_alpha_whose_bounds_cannot_be_computed_is_refused():
+    with pytest.raises(ValueError, match="alpha must be at least 1e-100, got 1e-200"):
+        minimum_draws(1e-200, interval="cohen", margin="mono", num_classes=2)
+    with pytest.raises(ValueError, match="alpha must be at least 1e-150, got 1e-200"):
+        clopper_pearson_lower(400, 1000, 1e-200)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,6 +93,10 @@ def test_a_certificate_survives_json_and_verifies(interval):
         {"interval": "wald"},
         {"sigma": -0.5},
         {"radius": float("nan")},
+        {"label": False},
+        {"n": 1000.0},
+        {"estimation": [800, 120, 60, 20]},
+        {"estimation": (800, 120, 60, np.int64(20))},
     ],
 )
 def test_every_changed_field_is_detected(change):

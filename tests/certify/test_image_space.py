@@ -1,5 +1,6 @@
 """Pipelines as functions of raw pixels."""
 
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from hf_certify import (
     UnsupportedProcessorError,
 )
 from hf_certify.noise import Stage, draw_noise
-from hf_certify.spaces.image import ImageSpace
+from hf_certify.spaces.image import ImageSpace, _probe
 from tests.certify.conftest import make_vit_pipeline
 
 PROCESSORS = {
@@ -251,3 +252,106 @@ def test_a_half_precision_model_runs_in_its_own_dtype(images, vit_pipeline):
         logits = space.model(space.encode(images[0], 0)[None])
     assert logits.dtype == torch.bfloat16
     assert logits.shape == (1, 3)
+
+
+class CubingProcessor(ViTImageProcessorPil):
+    def rescale(self, image: np.ndarray, scale: float, **kwargs: object) -> np.ndarray:
+        return super().rescale(image, scale, **kwargs) ** 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"size": {"height": 8, "width": 8}}, {"size": {"height": 300, "width": 300}}, {"do_resize": False}],
+)
+def test_a_processor_that_is_affine_on_black_and_white_alone_is_refused(settings, vit_pipeline):
+    """A black and white image cannot tell x ** 3 from x; an image of all 8-bit values can."""
+    vit_pipeline.image_processor = CubingProcessor(do_normalize=False, **settings)
+    with pytest.raises(UnsupportedProcessorError, match="for an image of all 8-bit values differ"):
+        ImageSpace(vit_pipeline)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
+def test_the_test_image_holds_every_value_in_every_channel(mode, channels):
+    probe = _probe(mode).reshape(256 * 256, channels)
+    assert all(len(np.unique(probe[:, channel])) == 256 for channel in range(channels))
+    crop = Image.fromarray(_probe(mode)).resize((256, 256)).crop((32, 32, 224, 224))
+    assert {0, 255} <= set(np.asarray(crop).reshape(-1, channels)[:, 0].tolist())
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 3), (3, 3, 3), (1, 16, 3), (4, 16, 3)])
+def test_an_array_that_can_be_read_in_two_ways_is_refused(shape, vit_pipeline):
+    """As a PIL image the same pixels are taken: those know their channels. Oracle: the first channel is red."""
+    pixels = np.zeros(shape, np.uint8)
+    pixels[..., 0] = 255
+    space = ImageSpace(vit_pipeline)
+    with pytest.raises(InputImageError, match=r"can be read in two ways: convert with Image\.fromarray"):
+        space.encode(pixels, 0)
+    assert space.encode(Image.fromarray(pixels), 0).mean((1, 2)).tolist() == [1, 0, 0]
+
+
+def broken_png() -> bytes:
+    """Return a PNG whose second chunk claims a wrong checksum and type, at which PIL raises SyntaxError."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "png")
+    data = bytearray(file.getvalue())
+    place = data.index(b"IDAT")
+    data[place : place + 4] = b"\x00\x01\x02\x03"
+    return bytes(data)
+
+
+def test_whatever_a_broken_file_raises_names_the_input(tmp_path, vit_pipeline, monkeypatch):
+    space = ImageSpace(vit_pipeline)
+    (tmp_path / "broken.png").write_bytes(broken_png())
+    with pytest.raises(InputImageError, match=r"Input 3 must be a readable image file, got '.*broken\.png'"):
+        space.encode(tmp_path / "broken.png", 3)
+    Image.new("RGB", (64, 64)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputImageError, match=r"Input 3 .*bomb\.png': .*exceeds limit"):
+        space.encode(tmp_path / "bomb.png", 3)
+
+
+def test_a_lazily_opened_image_that_cannot_be_read_names_the_input(tmp_path, images, vit_pipeline):
+    path = tmp_path / "half.png"
+    images[2].save(path)
+    path.write_bytes(path.read_bytes()[:200])
+    with Image.open(path) as opened, pytest.raises(InputImageError, match=r"Input 1 .* got '.*half\.png'"):
+        ImageSpace(vit_pipeline).encode(opened, 1)
+
+
+def test_a_folder_among_the_inputs_is_refused_with_the_way_out(tmp_path, vit_pipeline):
+    with pytest.raises(InputImageError, match=r"got the folder .*: pass the files in it: sorted\(Path\(.*glob"):
+        ImageSpace(vit_pipeline).encode(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rescale_factor": None}, {"image_std": [0.5] * 2}, {"image_std": "half"}, {"image_mean": [None] * 3}]
+)
+def test_processor_settings_that_are_no_numbers_of_one_length_are_refused(settings, vit_pipeline):
+    for name, value in settings.items():
+        setattr(vit_pipeline.image_processor, name, value)
+    with pytest.raises(UnsupportedProcessorError, match="image_mean and image_std of one length, got"):
+        ImageSpace(vit_pipeline)
+
+
+def test_more_means_than_channels_are_refused(vit_pipeline):
+    vit_pipeline.image_processor.image_mean = vit_pipeline.image_processor.image_std = [0.5] * 4
+    with pytest.raises(UnsupportedProcessorError, match="must hold 1 or 3 values for a model of 3 channels, got 4"):
+        ImageSpace(vit_pipeline)
+
+
+def test_a_head_of_another_width_than_num_labels_is_refused_with_the_name_of_the_setting(images, vit_pipeline):
+    vit_pipeline.model.config.num_labels = 5
+    space = ImageSpace(vit_pipeline)
+    with pytest.raises(UnsupportedModelError, match=r"config\.num_labels=5 for each image, got shape \[1, 3\]"):
+        space.model(space.encode(images[0], 0)[None])
+
+
+def test_a_model_that_returns_a_tuple_is_refused_with_the_way_out(images, vit_pipeline):
+    """Whether its settings say so or only its output does."""
+    space = ImageSpace(vit_pipeline)
+    vit_pipeline.model.forward = lambda pixel_values: (torch.zeros(1, 3),)
+    with pytest.raises(UnsupportedModelError, match=r"got tuple: set model\.config\.return_dict = True"):
+        space.model(space.encode(images[0], 0)[None])
+    vit_pipeline.model.config.return_dict = False
+    with pytest.raises(UnsupportedModelError, match=r"got return_dict=False: set model\.config\.return_dict = True"):
+        ImageSpace(vit_pipeline)

@@ -1,7 +1,11 @@
 """One call from a pipeline to a report."""
 
+import os
+from pathlib import Path
+
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +16,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from hf_certify import (
     CertificationReport,
     InputImageError,
+    ReportFolderError,
     SmoothedClassifier,
     UnsupportedModelError,
     certify_pipeline,
@@ -107,6 +112,11 @@ def test_the_pipeline_is_left_as_it_was(vit_pipeline, images):
         ({"inputs": iter(())}, ValueError, "inputs must hold at least one image, got none"),
         ({"inputs": "image.png"}, TypeError, "inputs must be a list, .* got str: wrap a single image in a list"),
         ({"inputs": 3}, TypeError, "inputs must be a list, .* got int"),
+        ({"inputs": np.zeros((20, 20, 3), np.uint8)}, TypeError, r"got one array of shape \[20, 20, 3\]: its rows"),
+        ({"inputs": datasets.Dataset.from_dict({"a": [1]})}, TypeError, "whole Dataset: pass its image column"),
+        ({"sigma": 1e-4, "inputs": ["nowhere.png"]}, ValueError, "sigma must be at least .* float32 would round"),
+        ({"sigma": 1e39}, ValueError, "sigma must be at most"),
+        ({"alpha": 1e-200}, ValueError, "alpha must be at least 1e-100"),
     ],
 )
 def test_mistakes_are_refused_with_one_sentence_before_any_forward_pass(
@@ -182,3 +192,47 @@ def test_a_users_own_gray_convnet_is_certified_through_a_real_pipeline():
     report = certify(pipe, digits)
     assert report.facts["input_shapes"] == [[1, 28, 28]]
     assert certify(pipe, [Image.fromarray(digit) for digit in digits]).certificates == report.certificates
+
+
+def test_a_series_with_labels_of_its_own_keeps_the_order_of_its_values(vit_pipeline, images):
+    """Oracle: the list. Label 0 of this series is its last value."""
+    series = pandas.Series(images[:3], index=[2, 1, 0])
+    assert certify(vit_pipeline, series).certificates == certify(vit_pipeline, images[:3]).certificates
+
+
+def test_an_array_of_images_is_a_collection(vit_pipeline, images):
+    array = np.stack([np.asarray(image.resize((9, 9))) for image in images])
+    assert certify(vit_pipeline, array).certificates == certify(vit_pipeline, list(array)).certificates
+
+
+class ExtraState(nn.Module):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": 3}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+def test_odd_names_of_model_classes_and_files_never_cost_a_finished_run(vit_pipeline, images, tmp_path):
+    """The report is saved and loads as it was."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    images[0].save(path)
+    vit_pipeline.model.config.id2label = {0: 7, "1": "b", 2: None}
+    vit_pipeline.model.config._name_or_path = tmp_path
+    vit_pipeline.model.extra = ExtraState().eval()
+    report = certify(vit_pipeline, [path])
+    report.save(tmp_path / "out")
+    assert CertificationReport.load(tmp_path / "out") == report
+    assert report.facts["labels"] == {"0": "7", "1": "b", "2": "None"}
+
+
+def test_what_could_not_be_saved_is_refused_before_any_forward_pass(vit_pipeline, images):
+    vit_pipeline.model.register_forward_hook(lambda *_: pytest.fail("the model was run"))
+    vit_pipeline.model.config.id2label = {0: "a", "0": "b", 1: "c"}
+    with pytest.raises(UnsupportedModelError, match=r"one name for each of 3 classes.*Set model\.config\.id2label"):
+        certify(vit_pipeline, images)
+    vit_pipeline.model.config.id2label = {0: "a", 1: "b", 2: "c"}
+    # JSON as Python writes it holds NaN, canonical JSON does not
+    vit_pipeline.image_processor.threshold = float("nan")
+    with pytest.raises(ReportFolderError, match="must hold plain values only"):
+        certify(vit_pipeline, images)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_certify.radius import format_down, mono_radius, multi_radius
+from hf_certify.radius import format_down, format_failure, mono_radius, multi_radius
 
 probabilities = st.floats(1e-6, 1 - 1e-6)
 
@@ -62,3 +62,32 @@ def test_a_share_with_few_decimals_prints_as_it_is(total):
     """Oracle: integer division; 3 / 5 as a float is a little less than 0.6."""
     for part in range(total + 1):
         assert format_down(part / total) == f"{part * 1000 // total // 1000}.{part * 1000 // total % 1000:03d}"
+
+
+def test_a_multi_radius_next_to_a_tie_is_not_above_the_exact_one():
+    """Oracle: the normal quantile with 40 digits, where the relative reserve alone is 0.4 % too little."""
+    pa, pb = 0.3, 0.299999999999999
+    exact = (quantile(pa) - quantile(pb)) / 2
+    assert 0 <= multi_radius(1.0, pa, pb) <= exact
+    assert multi_radius(1.0, 0.3, math.nextafter(0.3, 0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1e26, "1" + 26 * "0" + ".000"), (1e300, None), (math.inf, "inf"), (5e-324, "0.000")]
+)
+def test_any_float_can_be_printed(value, text):
+    printed = format_down(value)
+    assert float(printed) <= value
+    assert text in (None, printed)
+
+
+@given(st.floats(1e-100, 1, exclude_max=True), st.integers(1, 10**6))
+def test_a_printed_risk_is_never_below_the_risk(alpha, certificates):
+    """Oracle: exact decimals of the shortest spelling of alpha."""
+    exact = min(Decimal(1), Decimal(repr(alpha)) * certificates)
+    assert exact <= Decimal(format_failure(alpha, certificates)) <= exact * Decimal("1.01")
+
+
+@pytest.mark.parametrize(("alpha", "certificates", "text"), [(0.1, 3, "0.3"), (0.001, 7, "0.007"), (0.5, 9, "1")])
+def test_a_risk_with_few_digits_prints_as_it_is(alpha, certificates, text):
+    assert format_failure(alpha, certificates) == text

@@ -1,14 +1,13 @@
 """Reports: figures, storage, verification."""
 
 import dataclasses
-import json
 import os
 import time
 
 import pytest
 
 from hf_certify import Certificate, CertificationReport, CertifyConfig, ReportFolderError, VerificationError
-from hf_certify.storage import REPORT_FILE
+from hf_certify.storage import REPORT_FILE, write_report
 
 VOTES = [
     ([90, 8, 2], [970, 20, 10]),
@@ -89,11 +88,23 @@ def test_a_crash_while_writing_leaves_the_old_report(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"schema": 1}', '{"schema": 2}', '{"schema": 1, "certificates": [{}]}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "[" * 100_000,
+        "\xff",
+        "{}",
+        '{"schema": 1}',
+        '{"schema": true}',
+        '{\n "schema": 2.0\n}\n',
+        "9" * 5000,
+    ],
 )
 def test_files_that_are_not_reports_are_refused(text, tmp_path):
-    (tmp_path / REPORT_FILE).write_text(text)
-    with pytest.raises(ReportFolderError, match=r"must hold|must have schema 1|is damaged"):
+    (tmp_path / REPORT_FILE).write_text(text, encoding="latin-1")
+    with pytest.raises(ReportFolderError, match=r"must hold|must have schema 2"):
         CertificationReport.load(tmp_path)
 
 
@@ -103,19 +114,17 @@ def test_a_missing_report_is_refused(tmp_path):
 
 
 def test_an_unknown_setting_voids_a_stored_report(tmp_path):
-    path = make_report().save(tmp_path)
-    values = json.loads(path.read_text())
+    values = make_report().to_dict()
     values["config"]["temperature"] = 2
-    path.write_text(json.dumps(values))
+    write_report(tmp_path, values)
     with pytest.raises(ReportFolderError, match=r"got also \['temperature'\]"):
         CertificationReport.load(tmp_path)
 
 
 def test_tampered_votes_are_found_after_loading(tmp_path):
-    path = make_report().save(tmp_path)
-    values = json.loads(path.read_text())
+    values = make_report().to_dict()
     values["certificates"][1]["estimation"] = [50, 900, 50]
-    path.write_text(json.dumps(values))
+    write_report(tmp_path, values)
     with pytest.raises(VerificationError, match="Certificate 1 must follow from its votes"):
         CertificationReport.load(tmp_path).verify()
 
@@ -171,3 +180,108 @@ def test_summary_cuts_figures_off_and_states_the_guarantee():
     assert "any of the 4 with at most 0.004" in text
     assert "smoothed classifier" in text
     assert "certified share at l2 radius  0: 0.750" in make_report().summary()
+
+
+def test_an_abstention_is_never_counted_as_right_whatever_the_label():
+    """Oracle: the third input abstains, and no label makes it right; the share at radius 0 counts the other three."""
+    for label in range(3):
+        assert make_report().certified_accuracy([0, 1, label, 2], [0.0]) == (0.75,)
+    with pytest.raises(ValueError, match="got None for input 2"):
+        make_report().certified_accuracy([0, 1, None, 2])
+    assert "certified share at l2 radius  0: 0.750" in make_report().summary()
+
+
+def test_the_printed_risk_of_all_certificates_is_rounded_up():
+    """Oracle: 4 * 0.0012345 = 0.004938, whose third digit rounds up."""
+    report = dataclasses.replace(make_report(), config=CertifyConfig(sigma=0.5, alpha=0.001_234_5))
+    assert "any of the 4 with at most 0.00494;" in report.summary()
+
+
+def test_facts_that_are_not_plain_are_refused_and_leave_no_file(tmp_path):
+    for value in (tmp_path, float("nan"), {1, 2}):
+        report = dataclasses.replace(make_report(), facts={"model": value})
+        with pytest.raises(ReportFolderError, match="must hold plain values only"):
+            report.save(tmp_path / "out")
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interruption_while_writing_leaves_no_temporary_file(tmp_path, monkeypatch):
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make_report().save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_name_that_is_not_utf8_survives_the_disk(tmp_path):
+    report = make_report()
+    named = dataclasses.replace(report.certificates[0], source=os.fsdecode(b"caf\xe9.png"))
+    report = dataclasses.replace(report, certificates=(named, *report.certificates[1:]))
+    report.save(tmp_path)
+    assert CertificationReport.load(tmp_path) == report
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(facts=None), "facts must be a JSON object"),
+        (lambda v: v["facts"].update(labels=["a", "b", "c"]), "labels must hold one name for each of 3 classes"),
+        (lambda v: v["facts"].update(labels={"0": "a", "1": "b"}), "labels must hold one name for each of 3 classes"),
+        (lambda v: v["facts"].update(labels={"0": "a", "1": "b", "2": 3}), "labels must hold one name"),
+        (lambda v: v.update(signed=True), "must hold the keys"),
+        (lambda v: v.pop("derived_from"), "must hold the keys"),
+        (lambda v: v.update(derived_from="trust me"), "derived_from must be null or the name of a rule"),
+        (lambda v: v["config"].pop("batch_size"), "config must hold the keys"),
+        (lambda v: v.update(config=[]), "config must hold the keys"),
+        (lambda v: v["config"].update(n=1000.0), "n must be an int"),
+        (lambda v: v["certificates"].pop(), "list of count=4 items"),
+        (lambda v: v.update(count=4.0), "list of count=4.0 items"),
+        (lambda v: v.update(certificates={}), "list of count=4 items"),
+        (lambda v: v["certificates"].__setitem__(1, None), "is damaged"),
+        (lambda v: v["certificates"][0].update(label=False), "label must be int or NoneType, got False"),
+        (lambda v: v["certificates"][0].update(n=1000.0), "n must be int, got 1000.0"),
+        (lambda v: v["certificates"][0].update(source=3), "source must be str or NoneType, got 3"),
+        (lambda v: v["certificates"][2].update(radius=0), "radius must be float, got 0"),
+        (lambda v: v["certificates"][0].update(estimation=[970, 20, True]), "Votes must be int"),
+        (lambda v: v["certificates"][0].update(estimation=[970, 30]), "must have the same number of classes"),
+        (lambda v: v["certificates"][0].pop("alpha"), "must hold the keys"),
+    ],
+)
+def test_a_stored_report_must_have_exactly_the_known_keys_and_types(change, message, tmp_path):
+    """Negative control: without the change the same values load."""
+    values = make_report().to_dict()
+    write_report(tmp_path, values)
+    CertificationReport.load(tmp_path).verify()
+    change(values)
+    write_report(tmp_path, values)
+    with pytest.raises(ReportFolderError, match=f"is damaged: .*{message}" if message != "is damaged" else message):
+        CertificationReport.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"n0": 100,', '"n0": 99, "n0": 100,'),
+        ('"n0": 100,', '"n0":  100,'),
+        ('"sigma": 0.5', '"sigma": 0.50'),
+        ("\\u00fc", "\u00fc"),
+        ('"sigma": 0.5', '"sigma": NaN'),
+    ],
+)
+def test_bytes_that_save_would_not_have_written_are_refused(old, new, tmp_path):
+    path = make_report().save(tmp_path)
+    text = path.read_text("ascii")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(ReportFolderError, match=r"byte for byte|plain values only"):
+        CertificationReport.load(tmp_path)
+
+
+def test_certificates_of_different_numbers_of_classes_do_not_verify():
+    report = make_report()
+    other = Certificate.from_counts([90, 10], [900, 100], sigma=0.5, index=1)
+    changed = dataclasses.replace(report, certificates=(report.certificates[0], other, *report.certificates[2:]))
+    with pytest.raises(VerificationError, match="as many classes as the first, 3, got 2"):
+        changed.verify()

@@ -108,3 +108,11 @@ def test_auto_batch_size_falls_with_model_size_and_input_size():
     # never more rows than draws, nor more than 64 MiB of input
     assert default_batch_size(nn.Linear(10, 2), 784, 200) == 200
     assert default_batch_size(nn.Linear(10, 2), 2**20, 100_000) == 16
+
+
+def test_batch_normalisation_without_running_statistics_is_refused():
+    """Negative control: with them, the same network is accepted."""
+    mixing = nn.Sequential(nn.Linear(12, 2), nn.BatchNorm1d(2, track_running_stats=False)).eval()
+    with pytest.raises(UnsupportedModelError, match="must use running statistics, got '1' without"):
+        require_eval_mode(mixing)
+    require_eval_mode(nn.Sequential(nn.Linear(12, 2), nn.BatchNorm1d(2)).eval())

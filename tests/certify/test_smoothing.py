@@ -175,3 +175,35 @@ def test_the_input_whose_logits_are_not_finite_is_named():
     smoothed = SmoothedClassifier(Broken().eval(), sigma=0.5, num_classes=2, seed=1)
     with pytest.raises(InvalidLogitsError, match="Input 4: Logits must be finite"):
         smoothed.certify(torch.ones(12), n=20, index=4)
+
+
+@pytest.mark.parametrize(
+    ("value", "sigma", "message"),
+    [
+        (1e8, 0.5, r"sigma must be at least 2\.441e\+04 for values up to 1e\+08, got 0\.5: float32 would round"),
+        (0.5, 1e-9, r"sigma must be at least 0\.0002441 for values up to 0\.5, got 1e-09: float32 would round"),
+        (0.5, 1e-7, "rescale x"),
+        (-1e8, 0.5, "rescale x"),
+        (2e38, 0.5, r"x must hold values up to 1e\+38, got 2e\+38"),
+    ],
+)
+def test_noise_that_float32_would_round_away_is_refused(value, sigma, message):
+    smoothed = SmoothedClassifier(half_space(), sigma=sigma, num_classes=2, seed=1)
+    for call in (smoothed.certify, smoothed.predict):
+        with pytest.raises(ValueError, match=message):
+            call(torch.full((12,), value), n=20)
+
+
+@pytest.mark.parametrize("largest", [0.5, 1.0, 1e8])
+def test_at_the_least_sigma_votes_near_a_float32_value_are_unbiased(largest):
+    """Oracle: half of the noise lies above 0. At 100,000 draws, 6 standard deviations are 0.0095."""
+    sigma = 2**-12 * max(1.0, largest)
+    model = Slabs([largest]).eval()
+    votes = SmoothedClassifier(model, sigma=sigma, num_classes=2, seed=1).predict(torch.tensor([largest]), n=100_000)
+    assert votes.counts[0] / 100_000 == pytest.approx(0.5, abs=0.0095)
+
+
+def test_a_sigma_outside_float32_is_refused():
+    for sigma in (1e39, 10**400):
+        with pytest.raises(ValueError, match=r"sigma must be at most 1e\+37"):
+            SmoothedClassifier(half_space(), sigma=sigma, num_classes=2)
