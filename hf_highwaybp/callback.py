@@ -1,30 +1,37 @@
 """Highway-BP in ``transformers.Trainer``."""
 
+import logging
+import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_highwaybp.config import HighwayConfig
 from hf_highwaybp.diagnostics import GradientReport, compare_exact
+from hf_highwaybp.errors import AttachError
 from hf_highwaybp.highway import HighwayBP
+
+logger = logging.getLogger(__name__)
 
 
 class HighwayCallback(TrainerCallback):
     """Trains with Highway-BP from ``on_train_begin`` to ``on_train_end``; evaluation is untouched.
 
-    Adds ``highway/k`` and ``highway/residual_norm`` (the last update over the cotangents, as 2-norms) to the logs and,
-    if probed since the last log, ``highway/cosine``. The Trainer calls its own reporters before this callback, so the
-    figures are in ``trainer.state.log_history``, and in reporters that come later in the list of callbacks.
+    Adds ``highway/k``, ``highway/exact`` (1.0 or 0.0) and, if anything was iterated, ``highway/residual_norm`` (the
+    last update over the cotangents, as 2-norms) to the logs and, if probed since the last log, ``highway/cosine``. The
+    Trainer calls its own reporters before this callback, so the figures are in ``trainer.state.log_history``, and in
+    reporters that come later in the list of callbacks.
 
     The Trainer has no event for an exception in training. To get the blocks' own forward back then, use the callback
     as a context (``with callback: trainer.train()``) or call ``detach``; a new training starts afresh in any case.
 
     Args:
         config: All settings; ``None`` makes them from the rest.
-        k: Number of iterations; ``None`` for exact.
+        k: Number of iterations; ``None`` for exact, which approximates nothing and is logged as a warning. It is not
+            stored in checkpoints: pass it again to resume.
         residual: The residual map, as for ``HighwayBP``.
         blocks: The stack, as for ``HighwayBP``.
         probe_batch: Keyword arguments of the model; moved to the device of the model.
@@ -42,6 +49,9 @@ class HighwayCallback(TrainerCallback):
         >>> HighwayCallback(k=2).config.k
         2
     """
+
+    # callbacks in training, so that the refusal of a second one can leave the model as it was
+    _attached: ClassVar["weakref.WeakSet[HighwayCallback]"] = weakref.WeakSet()
 
     def __init__(
         self,
@@ -78,6 +88,7 @@ class HighwayCallback(TrainerCallback):
         if self._engine is not None:
             self._engine.detach()
             self._engine = None
+        self._attached.discard(self)
 
     def __enter__(self) -> "HighwayCallback":
         return self
@@ -96,10 +107,29 @@ class HighwayCallback(TrainerCallback):
         model: nn.Module,
         **kwargs: object,
     ) -> None:
-        """Attach to the model."""
+        """Attach to the model.
+
+        Raises:
+            AttachError: If the blocks have an engine already; that of another callback is detached, as this ends the
+                training.
+        """
         # an earlier training may have ended in an exception
         self.detach()
-        self._engine = HighwayBP.from_config(model, self.config).attach()
+        engine = HighwayBP.from_config(model, self.config)
+        try:
+            engine.attach()
+        except AttachError as error:
+            for other in list(self._attached):
+                if other.engine is not None and set(other.engine.stack.blocks) & set(engine.stack.blocks):
+                    other.detach()
+            raise AttachError(
+                "This Trainer has another HighwayCallback, or the model an attached HighwayBP: keep one, e.g. "
+                "trainer.remove_callback(HighwayCallback)."
+            ) from error
+        self._engine = engine
+        self._attached.add(self)
+        if self.config.k is None and self.config.enabled:
+            logger.warning("HighwayCallback: k=None is exact and approximates nothing: pass k=1 to approximate.")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -149,7 +179,12 @@ class HighwayCallback(TrainerCallback):
         if stats is None or "loss" not in logs:
             return
         norm, cosine = stats.residual_norm, self._cosine
-        figures = {"highway/k": float(stats.k), "highway/residual_norm": norm, "highway/cosine": cosine}
+        figures = {
+            "highway/k": float(stats.k),
+            "highway/exact": float(stats.exact),
+            "highway/residual_norm": norm,
+            "highway/cosine": cosine,
+        }
         self._cosine = None
         known = {name: value for name, value in figures.items() if value is not None}
         logs.update(known)

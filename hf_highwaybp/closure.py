@@ -9,6 +9,23 @@ from torch.autograd.graph import Node
 from hf_highwaybp.errors import UnsupportedModelError
 
 SEARCH_DEPTH = 4
+COMPILED = (
+    "Block {name!r} must run uncompiled, and it was compiled by torch.compile: compiled blocks cannot be recorded, "
+    "attach to the uncompiled model."
+)
+
+
+def reachable(start: Collection[Node]) -> Iterator[Node]:
+    """Yield every graph node that a backward pass from ``start`` may run, ``start`` included."""
+    pending = list(start)
+    # the node objects are kept, not their ids: torch may reuse the address of a wrapper that died
+    seen: set[Node] = set(pending)
+    while pending:
+        node = pending.pop()
+        yield node
+        fresh = [parent for parent, _ in node.next_functions if parent is not None and parent not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
 
 
 def foreign_source(outputs: list[Tensor], leaves: Collection[Node], block: nn.Module, name: str) -> str | None:
@@ -25,7 +42,7 @@ def foreign_source(outputs: list[Tensor], leaves: Collection[Node], block: nn.Mo
         closed.
 
     Raises:
-        UnsupportedModelError: If the block ran under reentrant checkpointing, which hides its graph.
+        UnsupportedModelError: If the block ran under reentrant checkpointing or is compiled: both hide its graph.
     """
     stranger: str | None = None
     own = {id(parameter) for parameter in block.parameters()}
@@ -41,6 +58,8 @@ def foreign_source(outputs: list[Tensor], leaves: Collection[Node], block: nn.Mo
                 f"Block {name!r} ran under reentrant checkpointing, whose graph Highway-BP cannot read. "
                 "Pass activation_checkpointing_kwargs={'use_reentrant': False}."
             )
+        if node.name() == "CompiledFunctionBackward":
+            raise UnsupportedModelError(COMPILED.format(name=name))
         origin = getattr(node, "origin", None)
         if isinstance(origin, str):
             return origin

@@ -61,6 +61,17 @@ def check_residual(residual: object) -> str | float:
     return factor
 
 
+def check_enabled(enabled: object) -> bool:
+    """Return ``enabled`` if it is a bool: text such as "false" would count as true.
+
+    Raises:
+        TypeError: If it is of another kind.
+    """
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled must be True or False, got {enabled!r}.")
+    return enabled
+
+
 @dataclass
 class HighwayConfig:
     """Settings of Highway-BP, accepted by ``transformers.HfArgumentParser``.
@@ -73,7 +84,7 @@ class HighwayConfig:
 
     Raises:
         TypeError: If a value is of the wrong kind.
-        ValueError: If ``k`` is negative or ``residual`` is unknown or outside ``[0, 1]``.
+        ValueError: If ``k`` is negative, ``residual`` is unknown or outside ``[0, 1]``, or ``blocks`` is empty.
 
     Example:
         >>> HighwayConfig(k=1, residual=0.8).to_dict()
@@ -100,8 +111,9 @@ class HighwayConfig:
         self.residual = check_residual(self.residual)
         if self.blocks is not None and not isinstance(self.blocks, str):
             raise TypeError(f"blocks must be a dotted path such as 'model.layers', or None, got {self.blocks!r}.")
-        if not isinstance(self.enabled, bool):
-            raise TypeError(f"enabled must be True or False, got {self.enabled!r}.")
+        if self.blocks == "":
+            raise ValueError("blocks must be a dotted path such as 'model.layers', or None to find it, got ''.")
+        self.enabled = check_enabled(self.enabled)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a JSON-ready dict that ``from_dict`` reads."""

@@ -1,12 +1,15 @@
 """How far Highway-BP's gradients are from exact ones, measured on a batch."""
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_highwaybp.highway import HighwayBP
 from hf_highwaybp.residual import ResidualMap
@@ -63,9 +66,11 @@ def compare_exact(
 ) -> GradientReport:
     """Compare Highway-BP's gradients with those of backpropagation on one batch.
 
-    Both passes run in train mode from the same state of torch's generators, so dropout draws the same masks. Nothing
-    is mutated: gradients, buffers, generators and train or eval mode are as before. Costs two training steps and one
-    more copy of the gradients.
+    Both passes run in train mode from the same buffers and the same state of the generators of torch, numpy and
+    Python, so dropout draws the same masks. Nothing of these is mutated, nor gradients of any tensor, nor train or
+    eval mode; other attributes that a forward pass sets stay as it leaves them. Hooks on accumulated gradients do not
+    run. Costs two training steps, two sets of gradients and a copy of the buffers; under DistributedDataParallel the
+    gradients are those of this process.
 
     Args:
         model: The model, with no engine attached.
@@ -82,7 +87,7 @@ def compare_exact(
         UnsupportedModelError: If the model has no stack of blocks, or several of equal standing.
         AttachError: If an engine is attached to the model.
         ValueError: If ``k`` or ``residual`` is out of range.
-        TypeError: If there is no scalar loss to differentiate.
+        TypeError: If there is no loss to differentiate, or ``batch`` is no dict and there is no ``loss_fn``.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -91,6 +96,8 @@ def compare_exact(
         >>> compare_exact(model, {"input_ids": ids, "labels": ids}, k=2).cosine > 0.999999
         True
     """
+    if loss_fn is None and not isinstance(batch, Mapping):
+        raise TypeError(f"batch must be a dict of the model's keyword arguments, got {type(batch).__name__}.")
     hbp = HighwayBP(model, k=k, residual=residual, blocks=blocks)
     exact, approximate, loss = _both_ways(hbp, model, batch, loss_fn or _default_loss)
     per_block = [[id(p) for p in block.parameters() if id(p) in exact] for block in hbp.stack.blocks]
@@ -123,7 +130,7 @@ def _default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 def _both_ways(
     hbp: HighwayBP, model: nn.Module, batch: Mapping[str, Any], measure: LossFunction
 ) -> tuple[Gradients, Gradients, float]:
-    with _unchanged(model), hbp:
+    with _training(model), hbp:
         hbp.enabled = False
         exact, loss = _gradients(model, batch, measure)
         hbp.enabled = True
@@ -132,33 +139,55 @@ def _both_ways(
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Put the model in train mode, and give gradients, buffers, generators and modes back at the end."""
+def _training(model: nn.Module) -> Iterator[None]:
+    """Put the model in train mode, and every module back at the end."""
     modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        model.train()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _restored_generators() -> Iterator[None]:
+    # the global generator is what models draw from that draw from numpy
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         try:
-            model.train()
             yield
         finally:
-            for module, training in modes:
-                module.training = training
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _restored_buffers(model: nn.Module) -> Iterator[None]:
+    """Give every module its buffers back: the same objects with the same values."""
+    kept = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
 
 
 def _gradients(model: nn.Module, batch: Mapping[str, Any], measure: LossFunction) -> tuple[Gradients, float]:
-    for parameter in model.parameters():
-        parameter.grad = None
-    # the inner fork leaves the generators where the other pass finds them
-    with torch.random.fork_rng(), torch.enable_grad():
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # outside of no_sync the reducer would wait for hooks that torch.autograd.grad does not call
+    alone = model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+    # what a pass changes is given back before the other begins
+    with _restored_buffers(model), _restored_generators(), alone, torch.enable_grad():
         loss = measure(model, batch)
-        loss.backward()
-    return {id(p): p.grad for p in model.parameters() if p.grad is not None}, float(loss.detach())
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    known = {id(p): gradient for p, gradient in zip(parameters, found, strict=True) if gradient is not None}
+    return known, float(loss.detach())
 
 
 def _figures(exact: Gradients, approximate: Gradients, keys: list[int]) -> tuple[float, float]:

@@ -1,15 +1,15 @@
 """Recording: runs each block call on its own local graph and hangs it into the user's graph."""
 
-import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
 from hf_highwaybp.arguments import BlockArguments, parameter_names
-from hf_highwaybp.closure import differentiable_tensors, foreign_source
+from hf_highwaybp.closure import COMPILED, differentiable_tensors, foreign_source, reachable
 from hf_highwaybp.errors import EscapedTensorError, UnsupportedModelError
 from hf_highwaybp.nodes import Gate
 from hf_highwaybp.residual import ResidualChoice
@@ -18,6 +18,9 @@ from hf_highwaybp.stats import PassLog
 from hf_highwaybp.tape import Segment, Tape
 
 Forward = Callable[..., object]
+
+# how torch words the refusal of a change to a view that a custom function returned
+IN_PLACE = "is a view and is being modified inplace"
 
 
 class Engine:
@@ -54,6 +57,8 @@ class Engine:
         block = self.stack.blocks[index]
         if not (self.enabled and block.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            raise UnsupportedModelError(COMPILED.format(name=self.stack.names[index]))
         arguments = BlockArguments(self._parameter_names[index], args, kwargs)
         stream, sides = arguments.stream(self.stack.names[index]), arguments.side_inputs()
         trained = any(parameter.requires_grad for parameter in block.parameters())
@@ -64,6 +69,7 @@ class Engine:
         tape, below = self._running_tape(index, stream), stream
         if tape is None:
             unique = {id(tensor): tensor for _, tensor in sides}
+            self._check_below(index, [stream, *unique.values()])
             tape = Tape(self.stack.blocks, self.k, self.residual, stream, list(unique.values()), self._keep)
             below = tape.entry(stream)
         self._check_sides(index, tape, sides)
@@ -93,16 +99,30 @@ class Engine:
         )
 
     def _reaches_gate(self, node: Node | None) -> bool:
-        pending = [] if node is None else [node]
-        seen: set[Node] = set(pending)
-        while pending:
-            current = pending.pop()
-            if self._tape_of(current) is not None:
-                return True
-            fresh = [parent for parent, _ in current.next_functions if parent is not None and parent not in seen]
-            seen.update(fresh)
-            pending.extend(fresh)
-        return False
+        return any(self._tape_of(found) is not None for found in reachable([] if node is None else [node]))
+
+    def _check_below(self, index: int, inputs: list[Tensor]) -> None:
+        """Refuse a stack whose own passes would lead into the model below it: torch finds every way to a parameter."""
+        # parameters may come and go between forward passes, adapters for example
+        owned = {
+            id(parameter): f"{name}.{inner}"
+            for name, block in zip(self.stack.names, self.stack.blocks, strict=True)
+            for inner, parameter in block.named_parameters()
+        }
+        for node in reachable([tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None]):
+            if self._tape_of(node) is not None:
+                raise UnsupportedModelError(
+                    f"The stack must not be fed from itself within one backward pass, and the input of block "
+                    f"{self.stack.names[index]!r} depends on an earlier pass through {self.stack.path}: detach it, or "
+                    "train without Highway-BP."
+                )
+            name = owned.get(id(getattr(node, "variable", None)))
+            if name is not None:
+                raise UnsupportedModelError(
+                    f"A parameter of the stack must not be used below it, and {name!r} also makes the input of block "
+                    f"{self.stack.names[index]!r}: untie it, leave its block out with blocks=[...], or train without "
+                    "Highway-BP."
+                )
 
     def _check_sides(self, index: int, tape: Tape, sides: list[tuple[str, Tensor]]) -> None:
         for name, tensor in sides:
@@ -118,14 +138,24 @@ class Engine:
         stream = arguments.stream(name)
         leaf = tape.leaf(name, stream)
         args, kwargs = arguments.replaced(leaf, tape.side_leaves)
-        flat, layout = pytree.tree_flatten(forward(*args, **kwargs))
+        try:
+            flat, layout = pytree.tree_flatten(forward(*args, **kwargs))
+        except RuntimeError as error:
+            if IN_PLACE not in str(error):
+                raise
+            raise UnsupportedModelError(
+                f"Block {name!r} must leave its inputs as they are, and it changes one in place: write x = x + f(x) "
+                "instead of x += f(x), or train without Highway-BP."
+            ) from error
         self._check_stream(name, stream, next((item for item in flat if isinstance(item, Tensor)), None))
         positions = [i for i, item in enumerate(flat) if isinstance(item, Tensor) and item.requires_grad]
         outputs = [flat[i] for i in positions]
         self._check_closed(index, tape, leaf, outputs, arguments)
         tape.segments.append(Segment(name, index, leaf, outputs))
-        gated = Gate.apply(tape, len(tape.segments) - 1, below, *(output.detach() for output in outputs))
-        tape.segments[-1].outer = weakref.ref(gated[0])
+        aliases = tuple(output.detach() for output in outputs)
+        # the gate marks the aliases as changed so as to return them, and their numbers stay what the block saved
+        with _unsafe_preserve_version_counter(aliases):
+            gated = Gate.apply(tape, len(tape.segments) - 1, below, *aliases)
         for position, output in zip(positions, gated, strict=True):
             flat[position] = output
         return pytree.tree_unflatten(flat, layout)

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from torch import nn
 
-from hf_highwaybp.config import HighwayConfig, check_k
+from hf_highwaybp.config import HighwayConfig, check_enabled, check_k
 from hf_highwaybp.engine import Engine
 from hf_highwaybp.override import BlockForward, put_on
 from hf_highwaybp.residual import ResidualChoice, ResidualMap
@@ -75,7 +75,7 @@ class HighwayBP:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         check_unsharded(model)
         self._engine = Engine(find_stack(model, blocks), check_k(k), ResidualChoice(residual))
-        self._engine.enabled = enabled
+        self._engine.enabled = check_enabled(enabled)
         self._overrides: list[BlockForward] = []
         if len(self.stack.blocks) == 1:
             logger.warning("%s holds one block: there is nothing to approximate, k = 0 is exact.", self.stack.path)
@@ -144,7 +144,7 @@ class HighwayBP:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._engine.enabled = value
+        self._engine.enabled = check_enabled(value)
 
     @property
     def stats(self) -> HighwayStats | None:

@@ -26,6 +26,7 @@ class TapeContext(FunctionCtx):
     tape: "Tape"
     index: int | None
     origin: str
+    below: Tensor | None
 
 
 class LeafContext(FunctionCtx):
@@ -78,20 +79,28 @@ class Gate(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.tape, ctx.index = tape, index
         ctx.origin = f"an output of block {tape.segments[index].name!r}"
-        return tuple(output.view_as(output) for output in outputs)
+        # a hook on the stream lives on in the graph when Python drops the tensor: held here, it can still be seen
+        ctx.below = below
+        # the outputs are plain aliases that nobody else holds: a view could not be changed in place after the stack
+        ctx.mark_dirty(*outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: TapeContext, *cotangents: Tensor | None) -> Gradients:
         """Keep the cotangents, each ``[...]`` of its output, and return nothing: the tape solves for the rest.
 
         Raises:
-            BackwardError: If the user asked for a graph of this backward pass.
+            BackwardError: If the user asked for a graph of this backward pass, or hooked the stream below this block.
         """
         if torch.is_grad_enabled():
             raise BackwardError(
                 "Highway-BP gradients cannot be differentiated again: call it without create_graph=True."
             )
         if ctx.index is not None:
+            # this gate runs before the hooks of the one below it, and only if that one is not the last that is read
+            if ctx.index > 0 and ctx.below is not None:
+                ctx.tape.refuse_hooks(ctx.index - 1, ctx.below)
+            ctx.below = None
             ctx.tape.receive(ctx.index, cotangents)
         return (None, None, None, *(None for _ in cotangents))
 

@@ -9,6 +9,8 @@ from hf_highwaybp.errors import UnsupportedModelError
 
 # one list is taken for the stack without being named if it holds this many times the parameters of any other
 DOMINANCE = 10
+# modules that a message lists
+LISTED = 12
 # these take parameters apart or copy modules, which the forward at the level of the instance does not survive
 FOREIGN_WRAPPERS = frozenset({"DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"})
 
@@ -85,9 +87,10 @@ def check_unsharded(model: nn.Module) -> None:
 
 def _named_stack(model: nn.Module, path: str) -> Stack:
     try:
-        container = model.get_submodule(path)
+        # the empty path is torch's name for the model itself
+        container = model.get_submodule(path or "no path")
     except AttributeError:
-        raise ValueError(f"blocks must be a dotted path in {type(model).__name__}, and it has no {path!r}.") from None
+        raise ValueError(_unknown_path(model, path)) from None
     if not isinstance(container, nn.ModuleList | nn.Sequential):
         raise TypeError(
             f"blocks must lead to an nn.ModuleList or nn.Sequential, and {path!r} is a {type(container).__name__}."
@@ -95,6 +98,23 @@ def _named_stack(model: nn.Module, path: str) -> Stack:
     if len(container) == 0:
         raise ValueError(f"blocks must lead to at least one block, and {path!r} is empty.")
     return Stack(path, tuple(f"{path}.{name}" for name, _ in container.named_children()), tuple(container))
+
+
+def _unknown_path(model: nn.Module, path: str) -> str:
+    """Return the message that names what there is where the path ends."""
+    holder: nn.Module = model
+    seen: list[str] = []
+    for part in path.split("."):
+        inner = dict(holder.named_children()).get(part)
+        if inner is None:
+            break
+        holder, seen = inner, [*seen, part]
+    children = [repr(name) for name, _ in holder.named_children()]
+    listed = ", ".join(children[:LISTED]) + (", ..." if len(children) > LISTED else "")
+    where = repr(".".join(seen)) if seen else "it"
+    return (
+        f"blocks must be a dotted path in {type(model).__name__}, got {path!r}; {where} has {listed or 'no modules'}."
+    )
 
 
 def _given_stack(model: nn.Module, blocks: Sequence[nn.Module]) -> Stack:
@@ -129,9 +149,10 @@ def _refusal(model: nn.Module, lists: dict[str, nn.ModuleList], reason: str) -> 
         f"{name} ({len(stack)} x {' / '.join(sorted({type(block).__name__ for block in stack}))})"
         for name, stack in lists.items()
     ]
-    example = next(iter(lists), "model.layers")
+    example = next(iter(lists), "path.to.list")
     return UnsupportedModelError(
         f"{reason} in {type(model).__name__}. Highway-BP needs one list of blocks that each add to the stream "
         f"they read (module lists seen: {', '.join(seen) or 'none'}). Name it with "
-        f"HighwayBP(model, blocks={example!r}), or train without Highway-BP."
+        f"HighwayBP(model, blocks={example!r}), or blocks=list(model) for an nn.Sequential, or train "
+        "without Highway-BP."
     )

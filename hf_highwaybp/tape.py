@@ -5,7 +5,8 @@ segment ``i``, ``b[i]`` its external part (what arrives from outside the stack),
 and ``K[i]`` its residual map.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,15 +28,27 @@ class Segment:
         leaf: Stream input of the local graph, ``[...]``.
         outputs: Differentiable outputs, each ``[...]``; the first is the stream, of the shape of ``leaf``.
         external: Cotangents of the outputs, ``None`` where none arrived.
-        outer: The stream output in the user's graph as a callable, weakly held: ``None`` once it is gone.
     """
 
     name: str
     block: int
     leaf: Tensor
     outputs: list[Tensor]
-    outer: Callable[[], Tensor | None] = lambda: None
     external: list[Tensor | None] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def _hooks_lifted(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Take the gradient hooks off leaves: they belong to the user's pass, which runs them on the final gradient."""
+    lifted = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor.is_leaf and tensor._backward_hooks]
+    try:
+        for tensor, _ in lifted:
+            tensor._backward_hooks = None
+        yield
+    finally:
+        for tensor, hooks in lifted:
+            # the same dict goes back, so that the handles of the hooks still remove them
+            tensor._backward_hooks = hooks
 
 
 def _add(total: Tensor | None, term: Tensor | None) -> Tensor | None:
@@ -135,8 +148,6 @@ class Tape:
         self._open = list(range(count))
         for segment in self.segments[:count]:
             segment.external = segment.external or [None] * len(segment.outputs)
-        # at the last segment the external part is all there is
-        self._refuse_hooks(self.segments[: max(count - 1, 0)])
         self._cotangents = [self._external(segment) for segment in self.segments[:count]]
         needed = max(count - 1, 0)
         k = needed if self.k is None else min(self.k, needed)
@@ -145,15 +156,17 @@ class Tape:
             self._iterate(k)
         self.on_solved(self.log)
 
-    @staticmethod
-    def _refuse_hooks(segments: list[Segment]) -> None:
-        for segment in segments:
-            outer = segment.outer()
-            if outer is not None and (outer.retains_grad or outer._backward_hooks):
-                raise BackwardError(
-                    f"The output of block {segment.name!r} has a gradient hook or retain_grad(), and Highway-BP knows "
-                    "the gradients of parameters and of the stack's inputs only: take the hook off."
-                )
+    def refuse_hooks(self, index: int, stream: Tensor) -> None:
+        """Refuse hooks on the stream output of segment ``index``, ``[...]``: they would see the external part only.
+
+        Raises:
+            BackwardError: If there is one.
+        """
+        if stream.retains_grad or stream._backward_hooks:
+            raise BackwardError(
+                f"The output of block {self.segments[index].name!r} has a gradient hook or retain_grad(), and "
+                "Highway-BP knows the gradients of parameters and of the stack's inputs only: take the hook off."
+            )
 
     @staticmethod
     def _external(segment: Segment) -> Tensor:
@@ -205,7 +218,8 @@ class Tape:
                 cotangents.append(extra)
         self._guard.own_pass = True
         try:
-            return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=keep, allow_unused=True)
+            with _hooks_lifted(inputs):
+                return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=keep, allow_unused=True)
         finally:
             self._guard.own_pass = False
 

@@ -70,6 +70,10 @@ def test_wrong_kinds_are_refused():
         HighwayConfig(blocks=3)
     with pytest.raises(TypeError, match="enabled must be True or False, got 'yes'"):
         HighwayConfig(enabled="yes")
+    with pytest.raises(ValueError, match=r"blocks must be a dotted path .*, got ''"):
+        HighwayConfig(blocks="")
+    with pytest.raises(TypeError, match="enabled must be True or False, got 'false'"):
+        HighwayBP(toy(), enabled="false")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         HighwayBP("gpt2")
 
@@ -79,6 +83,13 @@ def test_k_is_checked_when_it_is_changed():
     with pytest.raises(ValueError, match="k must be a whole number"):
         hbp.k = -3
     assert hbp.k == 1
+
+
+def test_enabled_is_checked_when_it_is_changed():
+    hbp = HighwayBP(toy(), k=1)
+    with pytest.raises(TypeError, match="enabled must be True or False, got 0"):
+        hbp.enabled = 0
+    assert hbp.enabled is True
 
 
 def test_a_key_of_a_newer_version_is_left_out_and_logged(caplog):

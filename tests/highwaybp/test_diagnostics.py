@@ -1,7 +1,9 @@
 """The measured distance to exact gradients, and that measuring leaves no trace."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -88,6 +90,55 @@ def test_measuring_leaves_no_trace(fail):
     assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
     assert torch.equal(state, torch.get_rng_state())
     assert all("forward" not in block.__dict__ for block in model.layers)
+
+
+class Drawing(Residual):
+    """Draws from numpy and Python, counts in buffers, in place and by new objects, and scales with the count."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("late", None)
+
+    def forward(self, hidden_states):
+        self.count += 1
+        self.late = self.count.clone() if self.late is None else self.late + 1
+        draw = random.random() + np.random.rand()  # noqa: NPY002
+        return hidden_states + (self.linear(hidden_states) * float(self.count + self.late)).tanh() * draw
+
+
+def test_both_passes_start_from_the_same_generators_and_buffers_and_give_them_back():
+    """Oracle: k = L - 1 is exact if and only if both passes draw and count alike."""
+    model, x = toy(Drawing).eval(), inputs()
+    before = [dict(module._buffers) for module in model.modules()]
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    states = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    report = compare_exact(model, {"x": x}, k=3, loss_fn=toy_loss)
+    assert report.cosine == pytest.approx(1, abs=1e-14)
+    assert report.relative_error < 1e-12
+    assert random.getstate() == states[0]
+    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
+    for module, buffers in zip(model.modules(), before, strict=True):
+        assert module._buffers.keys() == buffers.keys()
+        assert all(module._buffers[name] is value for name, value in buffers.items())
+    assert all(float(block.count) == 0 for block in model.layers)
+
+
+def test_hooks_on_accumulated_gradients_do_not_run_and_inputs_keep_their_gradient():
+    model, x, seen = toy(), inputs().requires_grad_(), []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(seen.append)
+    compare_exact(model, {"x": x}, k=1, loss_fn=toy_loss)
+    assert seen == []
+    assert x.grad is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_batch_that_is_no_dict_is_refused_without_a_loss_function():
+    ids = tiny_batch("gpt2")["input_ids"]
+    with pytest.raises(TypeError, match=r"batch must be a dict of the model's keyword arguments, got Tensor\."):
+        compare_exact(tiny_model("gpt2"), ids, k=1)
 
 
 def test_a_model_without_a_loss_is_refused():

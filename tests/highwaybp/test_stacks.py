@@ -101,6 +101,26 @@ def test_a_single_block_is_exact_at_k_zero_and_says_so(caplog):
     assert "nothing to approximate, k = 0 is exact" in caplog.text
 
 
+def test_a_sequential_is_told_ways_that_work():
+    """Oracle: autograd, for an engine made as the message says."""
+    model = nn.Sequential(Residual(), Residual()).double()
+    with pytest.raises(UnsupportedModelError, match=r"blocks='path\.to\.list'\), or blocks=list\(model\) for an nn"):
+        HighwayBP(model, k=1)
+    with pytest.raises(ValueError, match=r"in Sequential, got 'layers'; it has '0', '1'\."):
+        HighwayBP(model, k=1, blocks="layers")
+    with pytest.raises(ValueError, match=r"in Sequential, got ''; it has '0', '1'\."):
+        HighwayBP(model, k=1, blocks="")
+    expected = gradients(model, lambda: model(inputs()).square().mean())
+    with HighwayBP(model, k=1, blocks=list(model)):
+        assert largest_error(expected, gradients(model, lambda: model(inputs()).square().mean())) < 1e-12
+
+
+def test_a_long_list_of_names_is_cut():
+    model = nn.Sequential(*(Residual() for _ in range(14)))
+    with pytest.raises(ValueError, match=r"'11', \.\.\.\.$"):
+        HighwayBP(model, blocks="layers")
+
+
 def test_sharding_engines_are_refused_by_name():
     class FullyShardedDataParallel(nn.Module):
         def __init__(self, module):
@@ -119,7 +139,10 @@ def test_sharding_engines_are_refused_by_name():
 @pytest.mark.parametrize(
     ("blocks", "error", "message"),
     [
-        ("nowhere.layers", ValueError, "Stack, and it has no 'nowhere.layers'"),
+        ("nowhere.layers", ValueError, "in Stack, got 'nowhere.layers'; it has 'embed', 'layers', 'head', 'empty'"),
+        ("layers.0.linaer", ValueError, r"got 'layers\.0\.linaer'; 'layers\.0' has 'linear'\."),
+        ("head.layers", ValueError, r"got 'head\.layers'; 'head' has no modules"),
+        ("", ValueError, "in Stack, got ''; it has 'embed'"),
         ("head", TypeError, "'head' is a Linear"),
         ("empty", ValueError, "'empty' is empty"),
         ([], ValueError, "at least one module"),

@@ -1,10 +1,12 @@
 """The callback in transformers.Trainer: at full k the training is the one without it."""
 
+import logging
+
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_highwaybp import HighwayCallback, HighwayConfig
+from hf_highwaybp import AttachError, HighwayBP, HighwayCallback, HighwayConfig
 from tests.helpers.tiny_models import LAYERS, tiny_batch, tiny_model
 
 STEPS = 4
@@ -68,6 +70,7 @@ def test_figures_and_probes_reach_the_log(tmp_path):
     highway = curve(run)
     logs = [log for log in run.state.log_history if "loss" in log]
     assert [log["highway/k"] for log in logs] == [1.0] * STEPS
+    assert [log["highway/exact"] for log in logs] == [0.0] * STEPS
     assert all(0 < log["highway/residual_norm"] < 1 for log in logs)
     assert [step for step, _ in callback.history] == [1, 3]
     assert [log.get("highway/cosine") for log in logs] == [
@@ -126,6 +129,37 @@ def test_an_exception_in_training_detaches_by_context_by_hand_and_at_the_next_tr
     watching.fail_at = None
     run.train()
     assert plain(run)
+
+
+@pytest.mark.parametrize(("k", "warned"), [(None, True), (LAYERS - 1, False), (1, False)])
+def test_training_without_k_says_that_it_is_exact(tmp_path, caplog, k, warned):
+    run = trainer(tmp_path, HighwayCallback(k=k))
+    with caplog.at_level(logging.WARNING, logger="hf_highwaybp"):
+        run.train()
+    assert sum("k=None is exact and approximates nothing" in r.message for r in caplog.records) == warned
+    logs = [log for log in run.state.log_history if "loss" in log]
+    assert [log["highway/exact"] for log in logs] == [float(k != 1)] * STEPS
+
+
+def test_two_callbacks_are_refused_and_the_way_out_works(tmp_path):
+    """Oracle: the refused training leaves the model plain, and the one callback that is kept trains."""
+    run = trainer(tmp_path, HighwayCallback(k=1), HighwayCallback(k=2))
+    with pytest.raises(AttachError, match=r"another HighwayCallback, .*: keep one, e\.g\. trainer\.remove_callback"):
+        run.train()
+    assert plain(run)
+    run.remove_callback(HighwayCallback)
+    run.train()
+    assert {log["highway/k"] for log in run.state.log_history if "loss" in log} == {2.0}
+    assert plain(run)
+
+
+def test_a_callback_on_an_attached_model_is_refused_and_the_engine_stays(tmp_path):
+    run = trainer(tmp_path, HighwayCallback(k=1))
+    with HighwayBP(run.model, k=2) as hbp:
+        with pytest.raises(AttachError, match="or the model an attached HighwayBP"):
+            run.train()
+        assert hbp.attached
+        assert not plain(run)
 
 
 def test_evaluation_in_training_is_untouched(tmp_path):
