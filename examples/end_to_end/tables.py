@@ -139,7 +139,7 @@ def certification_statements(result: dict[str, Any]) -> list[str]:
         f"of [0, 1]; each certificate fails with probability at most {result['alpha']}.",
         f"The rule {result['chosen_before_the_draws']} was chosen before the draws. The others read the same votes "
         "for comparison: each is valid by itself, the larger of two is not.",
-        "The curves end where that many unanimous votes prove no larger radius.",
+        "The curves end where unanimous votes prove no larger radius.",
         "The guarantee is for the smoothed classifier at model resolution, not for the network inside it. The digits "
         "are gray and enter as three equal channels, so a gray radius is the RGB radius over sqrt(3), as shown.",
     ]
