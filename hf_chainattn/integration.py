@@ -2,9 +2,10 @@
 
 Four things are needed, and ``unregister`` undoes them: the attention function; the mask function, without which
 transformers would drop the padding mask silently; a class attribute ``PreTrainedConfig.chain_attention``, without
-which ``from_pretrained(..., chain_attention={...})`` is refused; and wrappers around three methods of
-``PreTrainedModel``. ``post_init`` ends every construction and ``set_attn_implementation`` every change: there a model
-that cannot run as a chain says so instead of ignoring it. ``save_pretrained`` writes the name into the config.
+which ``from_pretrained(..., chain_attention={...})`` is refused; and wrappers around four methods of
+``PreTrainedModel``. ``__init__`` begins and ``post_init`` ends every construction, ``set_attn_implementation`` makes
+every change: there a model that cannot run as a chain says so instead of ignoring it. ``save_pretrained`` writes the
+name into the config.
 """
 
 import functools
@@ -25,6 +26,7 @@ from hf_chainattn.models import (
     check_model,
     is_guarded,
     name_in_config,
+    never_dispatches,
     parts_of,
     prepare_model,
     release_model,
@@ -199,6 +201,17 @@ def _wrapping(replacement: Callable[..., Any]) -> Callable[[Callable[..., Any]],
 
 
 @_wrapping
+def _init(
+    original: Callable[..., Any], model: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
+) -> None:
+    # before the modules are built: some look the name up in a table of their own, and would end in a bare KeyError
+    asked = isinstance(config, PreTrainedConfig) and uses_chain(config)
+    if asked and not type(model)._can_set_attn_implementation():
+        raise never_dispatches(type(model).__name__)
+    original(model, config, *args, **kwargs)
+
+
+@_wrapping
 def _post_init(original: Callable[..., Any], model: PreTrainedModel) -> None:
     original(model)
     _settle(model, [model])
@@ -235,6 +248,7 @@ def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, *args
 
 
 _WRAPPERS = {
+    "__init__": _init,
     "post_init": _post_init,
     "set_attn_implementation": _set_attn_implementation,
     "save_pretrained": _save_pretrained,

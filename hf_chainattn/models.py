@@ -132,13 +132,18 @@ def check_model(model: PreTrainedModel) -> None:
         )
     found = list(dispatching_modules(model))
     if not found:
-        raise UnsupportedModelError(
-            f"{kind} accepts attn_implementation='chain' but never calls the attention interface, so that the setting "
-            "would silently change nothing. Use a model type whose attention dispatches (GPT-2, Llama, BERT, ViT and "
-            "most others), or attn_implementation='eager' here."
-        )
+        raise never_dispatches(kind)
     for name, module in found:
         _check_module(kind, name, module)
+
+
+def never_dispatches(kind: str) -> UnsupportedModelError:
+    """Return the error for a model class whose attention does not look at the attention interface."""
+    return UnsupportedModelError(
+        f"{kind} accepts attn_implementation='chain' but never calls the attention interface, so that the setting "
+        "would silently change nothing. Use a model type whose attention dispatches (GPT-2, Llama, BERT, ViT and "
+        "most others), or attn_implementation='eager' here."
+    )
 
 
 def _check_module(kind: str, name: str, module: nn.Module) -> None:

@@ -142,6 +142,21 @@ def test_packing_by_sequence_lengths_is_refused_and_by_position_ids_is_exact():
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "sizes"),
+    [
+        ("FalconModel", "FalconConfig", SIZES),
+        ("GPTJModel", "GPTJConfig", {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}),
+        ("GPTNeoModel", "GPTNeoConfig", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}),
+    ],
+)
+def test_models_with_a_table_of_attentions_are_refused_at_construction(model_class, config_class, sizes):
+    """They look the name up themselves, and would end in a KeyError before any of our checks."""
+    config = getattr(transformers, config_class)(**sizes)
+    with pytest.raises(UnsupportedModelError, match="never calls the attention interface"):
+        getattr(transformers, model_class)._from_config(config, attn_implementation="chain")
+
+
 def test_differential_attention_is_refused():
     config = transformers.DiffLlamaConfig(**SIZES, num_key_value_heads=2)
     model = built(transformers.DiffLlamaForCausalLM, config)
