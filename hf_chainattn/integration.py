@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from hf_chainattn.api import chain_attention
 from hf_chainattn.config import ChainAttentionConfig
-from hf_chainattn.errors import UnsupportedCacheError, UnsupportedModelError
+from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.models import (
     NAME,
     check_model,
@@ -49,6 +49,9 @@ _HARMLESS = frozenset(
     }
 )
 
+# the wrappers that stand in PreTrainedModel while registered
+_installed: dict[str, Any] = {}
+
 logger = logging.get_logger(__name__)
 
 
@@ -68,7 +71,8 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, chain_mask)
     PreTrainedConfig.chain_attention = None
     for method, wrapper in _WRAPPERS.items():
-        setattr(PreTrainedModel, method, wrapper(getattr(PreTrainedModel, method)))
+        _installed[method] = wrapper(getattr(PreTrainedModel, method))
+        setattr(PreTrainedModel, method, _installed[method])
 
 
 def unregister() -> None:
@@ -78,11 +82,11 @@ def unregister() -> None:
     del AttentionInterface._global_mapping[NAME]
     del AttentionMaskInterface._global_mapping[NAME]
     del PreTrainedConfig.chain_attention
-    for method in _WRAPPERS:
-        ours = getattr(PreTrainedModel, method)
+    for method, ours in _installed.items():
         # where another library has wrapped ours in turn, ours stays, and does nothing while it is not registered
-        if getattr(ours, "_wraps_for_chain", False) and ours.__dict__.get("__wrapped__") is not None:
+        if getattr(PreTrainedModel, method) is ours:
             setattr(PreTrainedModel, method, ours.__wrapped__)
+    _installed.clear()
 
 
 def is_registered() -> bool:
@@ -101,7 +105,6 @@ def chain_attention_forward(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
-    cache: object = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls; see ``chain_attention`` for the operation.
@@ -118,26 +121,21 @@ def chain_attention_forward(
         is_causal: Not used: the mask decides. Kernels without a mask need it.
         position_bias: ``[1 or B, H, T, T]``, added to the logits.
         softcap: Bound on the logits.
-        cache: Paged cache of continuous batching; refused.
-        others: Whatever else the model hands on; refused unless it is known not to matter.
+        others: Whatever else is handed on; refused unless it is known not to matter.
 
     Returns:
         ``[B, T, H, E]``, and ``None`` for the attention weights.
 
     Raises:
-        UnsupportedCacheError: If keys or values come out of a cache.
+        UnsupportedCacheError: If there are other keys than queries, as there are with a cache.
         UnsupportedModelError: If the model was not prepared, or hands on something that changes attention, such as
-            attention sinks, indices of a sparse pattern, or packing by sequence lengths.
+            attention sinks, indices of a sparse pattern, packing by sequence lengths, or a paged cache.
     """
     stored = getattr(getattr(module, "config", None), "chain_attention", None)
     if stored is None or not is_guarded(module):
         raise UnsupportedModelError(
             f"{type(module).__name__} belongs to a model that was not prepared for chain attention: switch the model "
             "with hf_chainattn.enable_chain_attention(model)."
-        )
-    if cache is not None:
-        raise UnsupportedCacheError(
-            "Chain attention cannot run in continuous batching, whose cache holds plain values: use generate()."
         )
     if strange := sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS):
         raise UnsupportedModelError(
@@ -194,7 +192,6 @@ def _wrapping(replacement: Callable[..., Any]) -> Callable[[Callable[..., Any]],
                 return original(model, *args, **kwargs)
             return replacement(original, model, *args, **kwargs)
 
-        method._wraps_for_chain = True  # type: ignore[attr-defined]
         return method
 
     return wrap

@@ -1,5 +1,6 @@
 """What importing the package does to transformers, and that all of it can be undone."""
 
+import functools
 import subprocess
 import sys
 
@@ -74,6 +75,7 @@ def test_a_wrapper_of_another_library_is_left_in_place(monkeypatch):
     """It holds ours, which steps aside while the name is not registered."""
     ours = PreTrainedModel.post_init
 
+    @functools.wraps(ours)
     def theirs(model):
         ours(model)
 
