@@ -1,46 +1,47 @@
-"""Chain attention against PyTorch's own attention: forward, and forward with backward."""
+"""Chain attention: time against other ways to attend, memory, growth with T, threads and compilation.
 
-from collections.abc import Callable, Iterator
+Float32, 8 heads of 64, gamma 0.9. ``python -m benchmarks.chain memory curve`` prints some parts and writes nothing.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor
 
-from benchmarks.registry import Row, alternate, benchmark, ratio
-from hf_chainattn import chain_attention, chain_attention_reference
+from benchmarks.chain_compile import compile_time
+from benchmarks.chain_memory import curve, memory
+from benchmarks.chain_times import one_thread_over_two, removed_over_kept, time_over_sdpa, whole_over_window
+from benchmarks.registry import Row, benchmark, machine_facts
+from benchmarks.table import printed
 
-HEADS, WIDTH = 8, 64
-
-
-def ordinary(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention as PyTorch computes it."""
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-
-def chained(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal chain attention at the default gamma."""
-    return chain_attention(query, key, value, gamma=0.9)
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "time": time_over_sdpa,
+    "removed": removed_over_kept,
+    "window": whole_over_window,
+    "memory": memory,
+    "curve": curve,
+    "threads": one_thread_over_two,
+    "compile": compile_time,
+}
 
 
 @benchmark
 def chain() -> Iterator[Row]:
-    """Yield the time of chain attention over that of sdpa, float32, by number of tokens."""
-    for tokens in (64, 128, 256, 512, 1024):
-        inputs = [torch.randn(1, HEADS, tokens, WIDTH, requires_grad=True) for _ in range(3)]
-        cotangent = torch.randn(1, HEADS, tokens, WIDTH)
-        exact = chain_attention_reference(*(tensor.double() for tensor in inputs), gamma=0.9)
-        error = ((chained(*inputs) - exact).norm() / exact.norm()).item()
-        if error > 2e-6:
-            raise AssertionError(f"chain attention is wrong at T = {tokens}: relative error {error:.1e}")
+    """Yield the rows of all parts."""
+    yield from rows_of(PARTS)
 
-        def forward(function: Callable[..., Tensor], inputs: list[Tensor] = inputs) -> None:
-            with torch.no_grad():
-                function(*inputs)
 
-        def both(
-            function: Callable[..., Tensor], inputs: list[Tensor] = inputs, cotangent: Tensor = cotangent
-        ) -> None:
-            torch.autograd.grad(function(*inputs), inputs, cotangent)
+def rows_of(parts: Iterable[str]) -> Iterator[Row]:
+    """Yield the rows of some parts."""
+    for part in parts:
+        for row in PARTS[part]():
+            yield {"part": part, **row}
 
-        for name, work in (("forward", forward), ("forward + backward", both)):
-            times = alternate({"chain": lambda w=work: w(chained), "sdpa": lambda w=work: w(ordinary)})
-            yield {"case": name, "tokens": tokens, "relative_error": error, **ratio(times, "chain", "sdpa")}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chain", description=__doc__)
+    parser.add_argument("parts", nargs="+", choices=list(PARTS))
+    torch.set_num_threads(1)
+    print(", ".join(f"{name} {value}" for name, value in machine_facts().items()))
+    for _ in printed(rows_of(parser.parse_args().parts)):
+        pass

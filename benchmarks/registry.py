@@ -1,6 +1,7 @@
-"""The list of benchmarks, the clock they share, and the facts that belong beside every figure."""
+"""The list of benchmarks, the clock they share, their targets, and the facts that belong beside every figure."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -15,6 +16,9 @@ Benchmark = Callable[[], Iterator[Row]]
 
 BENCHMARKS: dict[str, Benchmark] = {}
 
+# seconds: what takes less is called several times in a row and reported as the mean, or the clock would be measured
+SHORT = 5e-3
+
 
 def benchmark(function: Benchmark) -> Benchmark:
     """Register a function that yields one row of figures for each case, under its own name."""
@@ -22,19 +26,46 @@ def benchmark(function: Benchmark) -> Benchmark:
     return function
 
 
-def alternate(cases: Mapping[str, Callable[[], object]], *, rounds: int = 15) -> dict[str, list[float]]:
-    """Return ``rounds`` times in seconds for each case, taken in turn so that a slow moment hits all of them.
+def alternate(
+    cases: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    least: int | None = None,
+    seconds: float = math.inf,
+    warm: bool = True,
+) -> dict[str, list[float]]:
+    """Return the times in seconds of each case, taken in turn so that a slow moment hits all of them.
 
-    One untimed round comes first.
+    Args:
+        cases: The work to time, by name.
+        rounds: The largest number of rounds.
+        least: The smallest number of rounds, whatever they take. ``None`` means ``rounds``.
+        seconds: After so many seconds no further round begins.
+        warm: Whether untimed calls come first. Without them every case is called once a round, short or not.
     """
+    calls = {name: _calls(work) if warm else 1 for name, work in cases.items()}
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(rounds + 1):
+    start = time.perf_counter()
+    for number in range(rounds):
+        if number >= (rounds if least is None else least) and time.perf_counter() - start > seconds:
+            break
         for name, work in cases.items():
-            start = time.perf_counter()
-            work()
-            if number:
-                times[name].append(time.perf_counter() - start)
+            times[name].append(_seconds(work, calls[name]))
     return times
+
+
+def _calls(work: Callable[[], object]) -> int:
+    """Return how many calls last as long as ``SHORT``, after one that only warms up."""
+    if (first := _seconds(work)) > 10 * SHORT:
+        return 1
+    return max(1, round(SHORT / min(first, _seconds(work))))
+
+
+def _seconds(work: Callable[[], object], calls: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    return (time.perf_counter() - start) / calls
 
 
 def ratio(times: Mapping[str, list[float]], case: str, baseline: str) -> Row:
@@ -47,6 +78,15 @@ def ratio(times: Mapping[str, list[float]], case: str, baseline: str) -> Row:
         "rounds": len(ratios),
         "milliseconds": 1e3 * statistics.median(times[case]),
     }
+
+
+def target(value: float, *, at_most: float | None = None, at_least: float | None = None) -> Row:
+    """Return the target and whether ``value`` meets it, the last two figures of a row; dashes where there is none."""
+    if at_most is not None:
+        return {"target": f"<= {at_most:g}", "verdict": "met" if value <= at_most else "missed"}
+    if at_least is not None:
+        return {"target": f">= {at_least:g}", "verdict": "met" if value >= at_least else "missed"}
+    return {"target": "-", "verdict": "-"}
 
 
 def machine_facts() -> dict[str, Any]:

@@ -8,13 +8,7 @@ import torch
 
 from benchmarks import certify, chain, highway  # noqa: F401  they register themselves
 from benchmarks.registry import BENCHMARKS, machine_facts
-
-
-def cell(value: object) -> str:
-    """Return a figure as it stands in a table."""
-    if isinstance(value, list):
-        return " to ".join(map(cell, value))
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+from benchmarks.table import missed, printed
 
 
 def main() -> None:
@@ -30,11 +24,10 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     print(", ".join(f"{name} {value}" for name, value in machine_facts().items()))
     for name in arguments.names:
-        rows = []
         print(f"\n== {name}")
-        for row in BENCHMARKS[name]():
-            rows.append(row)
-            print("  ".join(f"{key} {cell(value)}" for key, value in row.items()), flush=True)
+        rows = list(printed(BENCHMARKS[name]()))
+        for phrase in missed(rows):
+            print(f"missed: {phrase}")
         path = arguments.out / f"{name}.json"
         path.write_text(json.dumps({"facts": machine_facts(), "rows": rows}, indent=2) + "\n", encoding="utf8")
         print(f"written to {path}")

@@ -3,23 +3,39 @@
 One layer follows references of any depth, ``Y = (1 - gamma) A (I - gamma A)^-1 V`` (arXiv 2410.05565).
 """
 
+from hf_chainattn.analysis import hop_distribution, mixing_matrix
 from hf_chainattn.api import chain_attention
 from hf_chainattn.config import ChainAttentionConfig
-from hf_chainattn.errors import ChainAttentionError, UnsupportedCacheError, UnsupportedModelError
+from hf_chainattn.decode import chain_decode_step
+from hf_chainattn.errors import (
+    ChainAttentionError,
+    InexactSolveError,
+    InexactSolveWarning,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+)
 from hf_chainattn.integration import is_registered, register, unregister
 from hf_chainattn.models import disable_chain_attention, enable_chain_attention
+from hf_chainattn.plots import plot_hops, plot_mixing
 from hf_chainattn.reference import chain_attention_reference
 
 __all__ = [
     "ChainAttentionConfig",
     "ChainAttentionError",
+    "InexactSolveError",
+    "InexactSolveWarning",
     "UnsupportedCacheError",
     "UnsupportedModelError",
     "chain_attention",
     "chain_attention_reference",
+    "chain_decode_step",
     "disable_chain_attention",
     "enable_chain_attention",
+    "hop_distribution",
     "is_registered",
+    "mixing_matrix",
+    "plot_hops",
+    "plot_mixing",
     "register",
     "unregister",
 ]

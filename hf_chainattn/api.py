@@ -1,17 +1,20 @@
 """The public function: checks its arguments, chooses an implementation, and lets it compute."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from hf_chainattn.config import check_diagonal, check_gamma
+from hf_chainattn.arguments import check_shapes, gamma_and_halting
+from hf_chainattn.config import check_diagonal
 from hf_chainattn.dense import dense_chain_attention
-from hf_chainattn.errors import UnsupportedCacheError
-from hf_chainattn.masks import read_mask
+from hf_chainattn.dropout import draw_seed, read_out_with_dropout
+from hf_chainattn.masks import AttentionMask, check_masks
+from hf_chainattn.operator import chain_attention_operator
 from hf_chainattn.reference import chain_attention_reference
 
-Implementation = Literal["auto", "dense", "reference"]
+Implementation = Literal["auto", "blocked", "dense", "reference"]
+OnInexact = Literal["raise", "warn"]
 
 
 def chain_attention(
@@ -22,12 +25,19 @@ def chain_attention(
     gamma: float | Tensor,
     diagonal: str = "kept",
     attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    window: int | None = None,
+    segment_ids: Tensor | None = None,
+    softcap: float | None = None,
     is_causal: bool = True,
     scale: float | None = None,
-    softcap: float | None = None,
     dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
     impl: Implementation = "auto",
-) -> Tensor:
+    return_u: bool = False,
+    tolerance: float | None = None,
+    on_inexact: OnInexact = "raise",
+) -> Any:  # noqa: ANN401  a tensor, or two with return_u
     r"""Chain attention, ``Y = (1 - gamma) A (I - gamma A_c)^-1 V`` with ``A`` the softmax attention of each head.
 
     A drop-in for ``torch.nn.functional.scaled_dot_product_attention`` where queries and keys are the same tokens. One
@@ -43,23 +53,41 @@ def chain_attention(
         gamma: Chance of one more hop, in ``[0, 1)``: a number, or a tensor of shape ``[H]`` or ``[1]``, which may
             require gradients. Tensor values are not checked, so that no device is waited for.
         diagonal: ``"kept"``: ``A_c = A``; ``"removed"``: ``A_c`` is ``A`` with a zero diagonal.
-        attn_mask: Boolean (True = visible) or additive, broadcastable to ``[B, H, T, T]``. A row that sees nothing
-            gives 0. If given, it alone says who is seen; a mask that lets a token see a later one costs a dense solve.
-        is_causal: Without ``attn_mask``: the causal mask (default) or none.
+        attn_mask: Boolean (True = visible) or additive, broadcastable to ``[B, H, T, T]``. In an additive mask,
+            ``-inf``, and anything at or below half of the most negative number of its dtype, hides the key. A row that
+            sees nothing gives 0. Gradients reach an additive mask in its own shape.
+        key_padding_mask: ``[B, T]``, boolean or integer; True or 1 = a key that may be seen, as in a tokenizer's
+            ``attention_mask``.
+        window: A token sees itself and the ``window - 1`` tokens before it; without a causal mask, after it too.
+        segment_ids: ``[B, T]``, integer, for packed sequences: tokens of different segments never see one another.
+        softcap: Bounds the logits to ``softcap * tanh(logits / softcap)`` before mask and bias.
+        is_causal: Whether later keys are hidden. A boolean ``attn_mask`` with a row for every query decides this
+            alone, and so does an additive one that hides anything; one that hides nothing is a bias and does not.
         scale: Factor on the logits. ``None`` means ``D ** -0.5``.
-        softcap: Bounds the logits to ``softcap * tanh(logits / softcap)``.
-        dropout_p: Dropout on the read-out matrix, never inside the walk. Uses torch's global generator.
-        impl: ``"dense"`` holds the ``[B, H, T, T]`` matrix; ``"reference"`` is the definition, for comparison (it
-            knows no softcap and no dropout); ``"auto"`` is ``"dense"``.
+        dropout_p: Dropout on the read-out matrix, never inside the walk.
+        generator: Draws one seed for the dropout of this call. ``None``: torch's own generator of the CPU.
+        impl: ``"auto"``: blocked where no token sees a later one, else a dense solve. ``"blocked"``: memory linear in
+            ``T``, and a ``ValueError`` where it cannot be. ``"dense"``: holds the ``[B, H, T, T]`` matrix, can be
+            differentiated twice. ``"reference"``: the definition, for comparison; knows no softcap and no dropout.
+        return_u: Also return the mixed values ``U``, with ``Y = A U``: what ``chain_decode_step`` continues from.
+        tolerance: Where tokens see later ones: the largest relative residual of the solve that counts as solved.
+            ``None``: 1e-6, or 1e-12 in float64.
+        on_inexact: What to do about a larger one: ``"raise"`` an ``InexactSolveError`` or ``"warn"`` with an
+            ``InexactSolveWarning``.
 
     Returns:
-        ``[B, H, T, E]`` in the dtype of ``value``. Computed in float32, in float64 for float64 inputs, under autocast
-        as well. ``gamma = 0`` is ordinary attention.
+        ``[B, H, T, E]`` in the dtype of ``value``, and ``U`` in the same shape and dtype if asked for. Computed in
+        float32, in float64 for float64 inputs, under autocast as well. ``gamma = 0`` is ordinary attention. Time
+        O(B H T^2 (D + E)), with a window O(B H T window (D + E)); memory O(B H T (D + E)). Where tokens see later
+        ones, O(B H T^2 (T + E)) and O(T^2).
 
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If a value or shape does not fit.
-        UnsupportedCacheError: If there are more or fewer keys than queries: cached plain values cannot be continued.
+        UnsupportedCacheError: If there are more or fewer keys than queries: cached plain values cannot be continued,
+            but ``chain_decode_step`` continues from cached ``U``. A ``ValueError`` too.
+        InexactSolveError: See ``on_inexact``.
+        NotImplementedError: At a second derivative, unless ``impl="dense"``.
 
     Example:
         >>> import torch
@@ -68,82 +96,57 @@ def chain_attention(
         >>> chain_attention(query, key, value, gamma=0.9).shape
         torch.Size([1, 2, 5, 8])
     """
-    _check_shapes(query, key, value)
+    check_shapes(query, key, value)
+    extras = softcap is not None or dropout_p > 0 or return_u
+    _check_settings(diagonal, impl, on_inexact, dropout_p, extras)
+    batch, heads, tokens, _ = query.shape
+    check_masks(attn_mask, key_padding_mask, segment_ids, window, batch=batch, heads=heads, tokens=tokens)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    hop, halting = gamma_and_halting(gamma, query, key, value)
+    kept, masks, logits = diagonal == "kept", (attn_mask, key_padding_mask, segment_ids, window), (scale, softcap)
+    if impl in ("auto", "blocked"):
+        output, mixed, _, log_sum, _ = chain_attention_operator(
+            *(query, key, value, hop, halting, *masks, is_causal, kept, *logits),
+            *(impl == "blocked", tolerance, on_inexact),
+        )
+        if dropout_p > 0:
+            arguments = (query, key, mixed, log_sum, *masks, is_causal, *logits, dropout_p, draw_seed(generator))
+            output = read_out_with_dropout(*arguments)
+    else:
+        mask = AttentionMask(*masks, is_causal=is_causal, tokens=tokens)
+        groups = heads // key.shape[1]
+        # casting alone would not do: an outer autocast would take the products back to half precision
+        with torch.autocast(query.device.type, enabled=False):
+            query = query.to(hop.dtype)
+            full_key, full_value = (part.to(hop.dtype).repeat_interleave(groups, 1) for part in (key, value))
+            if impl == "reference":
+                visible, bias = mask.whole(query)
+                return chain_attention_reference(
+                    query, full_key, full_value, gamma=hop, diagonal=diagonal, mask=visible, bias=bias, scale=scale
+                ).to(value.dtype)
+            output, mixed = dense_chain_attention(
+                query,
+                full_key,
+                full_value,
+                hop,
+                halting,
+                mask,
+                scale,
+                softcap,
+                kept=kept,
+                dropout_p=dropout_p,
+                generator=generator,
+            )
+    output = output.to(value.dtype)
+    return (output, mixed.to(value.dtype)) if return_u else output
+
+
+def _check_settings(diagonal: str, impl: str, on_inexact: str, dropout_p: float, extras: bool) -> None:
     check_diagonal(diagonal)
-    if impl not in get_args(Implementation):
-        raise ValueError(f"impl must be one of {list(get_args(Implementation))}, got {impl!r}.")
+    for name, given, choices in (("impl", impl, Implementation), ("on_inexact", on_inexact, OnInexact)):
+        if given not in get_args(choices):
+            raise ValueError(f"{name} must be one of {list(get_args(choices))}, got {given!r}.")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}.")
-    if impl == "reference" and (softcap is not None or dropout_p > 0):
-        raise ValueError("impl='reference' knows neither softcap nor dropout: use impl='dense' with them.")
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    # casting alone would not do: an outer autocast would take the products back to half precision
-    with torch.autocast(query.device.type, enabled=False):
-        gammas = _gamma_tensor(gamma, heads=query.shape[1], dtype=dtype, device=query.device)
-        mask = read_mask(attn_mask, tokens=query.shape[2], is_causal=is_causal, device=query.device)
-        groups = query.shape[1] // key.shape[1]
-        full_key = key.to(dtype).repeat_interleave(groups, dim=1)
-        full_value = value.to(dtype).repeat_interleave(groups, dim=1)
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        if impl == "reference":
-            everything = torch.ones((), dtype=torch.bool, device=query.device)
-            visible = everything if mask.visible is None else mask.visible
-            result = chain_attention_reference(
-                query.to(dtype),
-                full_key,
-                full_value,
-                gamma=gammas,
-                diagonal=diagonal,
-                mask=visible,
-                bias=mask.bias,
-                scale=factor,
-            )
-        else:
-            result = dense_chain_attention(
-                query.to(dtype),
-                full_key,
-                full_value,
-                gamma=gammas,
-                diagonal=diagonal,
-                mask=mask,
-                scale=factor,
-                softcap=softcap,
-                dropout_p=dropout_p,
-            )
-    return result.to(value.dtype)
-
-
-def _gamma_tensor(gamma: float | Tensor, *, heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if not isinstance(gamma, Tensor):
-        check_gamma(gamma)
-        return torch.tensor([gamma], dtype=dtype, device=device)
-    if gamma.numel() not in (1, heads) or not gamma.is_floating_point():
-        raise ValueError(
-            f"gamma as a tensor must be floating point with 1 or H = {heads} elements, "
-            f"got {gamma.dtype} of shape {list(gamma.shape)}."
-        )
-    return gamma.to(device=device, dtype=dtype).reshape(-1)
-
-
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating point tensor, got {getattr(tensor, 'dtype', tensor)!r}.")
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must have the shape [B, H, T, D], got {list(tensor.shape)}.")
-    if query.shape[2] != key.shape[2]:
-        raise UnsupportedCacheError(
-            f"Chain attention needs the same tokens as queries and keys, got {query.shape[2]} queries and "
-            f"{key.shape[2]} keys. Values from an ordinary cache cannot be continued: run the whole sequence, in "
-            "generation with use_cache=False or model.generation_config.use_cache = False. A layer that reduces its "
-            "keys, as some vision models do, has no chain."
-        )
-    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise ValueError(
-            "query [B, H, T, D], key [B, H_kv, T, D] and value [B, H_kv, T, E] must agree, got "
-            f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
-        )
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(
-            f"The number of query heads must be a multiple of the key heads, got {query.shape[1]} and {key.shape[1]}."
-        )
+    if impl == "reference" and extras:
+        raise ValueError("impl='reference' knows neither softcap, dropout nor U: use impl='dense' with them.")

@@ -52,14 +52,17 @@ class ChainAttentionConfig:
             raise TypeError(
                 f"config.chain_attention must be a dict such as {{'gamma': 0.9, 'diagonal': 'kept'}}, got {value!r}."
             )
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(map(str, set(value) - known)):
+        if unknown := sorted(map(str, set(value) - _KEYS)):
             # unlike a library's own defaults, an unread setting here would change every output without a sign
             raise ValueError(
-                f"config.chain_attention may hold {sorted(known)}, got the unknown {unknown}: remove them, or update "
+                f"config.chain_attention may hold {sorted(_KEYS)}, got the unknown {unknown}: remove them, or update "
                 "hf-chain-highway-certify if a newer version wrote this config."
             )
         return cls(**value)
+
+
+# taken once: the compiler cannot trace dataclasses.fields
+_KEYS = frozenset(field.name for field in fields(ChainAttentionConfig))
 
 
 def check_gamma(gamma: object) -> None:

@@ -91,7 +91,9 @@ def test_any_mask_equals_the_oracle(tokens, gamma, diagonal, density, causal, ad
     given_mask = mask
     if additive:
         given_mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    output = chain_attention(query, key, value, gamma=gamma, diagonal=diagonal, attn_mask=given_mask)
+    # not causal: an additive mask that happens to hide nothing would otherwise be taken for a bias
+    arguments = {"attn_mask": given_mask, "is_causal": False}
+    output = chain_attention(query, key, value, gamma=gamma, diagonal=diagonal, **arguments)
     expected = oracle(query, key, value, gamma=gamma, diagonal=diagonal, mask=mask)
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-12)
     assert (output[~mask.any(-1).expand(2, 4, tokens)] == 0).all()
@@ -148,27 +150,21 @@ def test_softcap_bounds_the_logits():
     torch.testing.assert_close(chain_attention(query, key, value, gamma=0.9, softcap=1.5), expected)
 
 
-def test_dropout_acts_on_the_read_out_and_keeps_the_mean():
-    """Oracle: the output without dropout; 4000 draws, a bound of 8 standard errors (chance below 1e-13 an entry)."""
-    torch.manual_seed(0)
-    query, key, value = (tensor[:1, :1, :6] for tensor in inputs(6))
-    clean = chain_attention(query, key, value, gamma=0.9)
-    draws = torch.stack([chain_attention(query, key, value, gamma=0.9, dropout_p=0.3) for _ in range(4000)])
-    assert (draws[0] != clean).any()
-    error = draws.std(0) / 4000**0.5
-    assert ((draws.mean(0) - clean).abs() <= 8 * error + 1e-12).all()
-
-
 def test_implementations_agree_and_the_choice_is_respected():
     tensors = inputs(17)
     dense = chain_attention(*tensors, gamma=0.9, impl="dense")
     torch.testing.assert_close(chain_attention(*tensors, gamma=0.9, impl="reference"), dense, rtol=0, atol=1e-12)
-    assert torch.equal(chain_attention(*tensors, gamma=0.9, impl="auto"), dense)
+    blocked = chain_attention(*tensors, gamma=0.9, impl="blocked")
+    torch.testing.assert_close(blocked, dense, rtol=0, atol=1e-12)
+    assert torch.equal(chain_attention(*tensors, gamma=0.9, impl="auto"), blocked)
 
 
 def test_more_keys_than_queries_is_refused_by_name():
     query, key, value = inputs(6)
-    with pytest.raises(UnsupportedCacheError, match=r"1 queries and 6 keys.*use_cache=False"):
+    message = r"1 queries and 6 keys.*chain_decode_step\(query, key, value, past_key, past_u, ...\).*use_cache=False"
+    with pytest.raises(UnsupportedCacheError, match=message):
+        chain_attention(query[:, :, -1:], key, value, gamma=0.9)
+    with pytest.raises(ValueError, match="plain cached values"):
         chain_attention(query[:, :, -1:], key, value, gamma=0.9)
 
 
@@ -183,7 +179,16 @@ BAD = {
     "dropout of 1": ({"dropout_p": 1.0}, ValueError, "dropout_p must be in"),
     "integer mask": ({"attn_mask": torch.ones(6, 6, dtype=torch.long)}, TypeError, "boolean or floating point"),
     "mask of wrong size": ({"attn_mask": torch.ones(6, 5, dtype=torch.bool)}, ValueError, "broadcastable"),
+    "mask of too many heads": ({"attn_mask": torch.ones(3, 6, 6, dtype=torch.bool)}, ValueError, "broadcastable"),
+    "mask of one dimension": ({"attn_mask": torch.ones(6, dtype=torch.bool)}, ValueError, "broadcastable"),
+    "padding as numbers": ({"key_padding_mask": torch.ones(2, 6)}, TypeError, "key_padding_mask must be boolean"),
+    "padding of wrong size": ({"key_padding_mask": torch.ones(2, 5).bool()}, ValueError, r"\[B, T\] = \[2, 6\]"),
+    "segments as numbers": ({"segment_ids": torch.ones(2, 6)}, TypeError, "segment_ids must be boolean or integer"),
+    "segments of one row": ({"segment_ids": torch.ones(1, 6).long()}, ValueError, "segment_ids must have the shape"),
+    "no window": ({"window": 0}, ValueError, "window must be at least 1"),
+    "unknown reaction": ({"on_inexact": "ignore"}, ValueError, "on_inexact must be one of"),
     "reference with dropout": ({"impl": "reference", "dropout_p": 0.1}, ValueError, "knows neither"),
+    "reference with U": ({"impl": "reference", "return_u": True}, ValueError, "knows neither"),
 }
 
 

@@ -1,0 +1,190 @@
+"""The forward pass of chain attention block by block: memory linear in the number of tokens.
+
+Rows are taken in blocks from the top. What a block reads of earlier tokens is ordinary attention with the mixed values
+``U`` in the place of values; inside the block a small triangular system remains. README.md derives it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_chainattn.masks import AttentionMask
+from hf_chainattn.tiles import Tiles
+
+# up to _SINGLE tokens one block is fastest, from _LONG on the wide one; see python -m benchmarks.run chain
+_SINGLE, _BLOCK, _WIDE_BLOCK, _LONG = 128, 64, 128, 2048
+# rows that read everything before them in one call
+_SPAN = 512
+
+
+class Saved(NamedTuple):
+    """The result of the forward pass, and what the backward pass needs of it.
+
+    Args:
+        output: ``[B, H, T, E]``, ``Y``.
+        mixed: ``[B, H, T, E]``, ``U``.
+        off_read: ``[B, H, T, E]``, ``U`` as each token reads it of the others, without its own.
+        log_sum: ``[B, H, T, 1]``, log in base 2 of the sum of exponentials of each row, ``inf`` if it sees nothing.
+        off_mass: ``[B, H, T, 1]``, attention of each token to the others.
+    """
+
+    output: Tensor
+    mixed: Tensor
+    off_read: Tensor
+    log_sum: Tensor
+    off_mass: Tensor
+
+
+def block_of(tokens: int) -> int:
+    """Return how many rows are solved together."""
+    if tokens <= _SINGLE:
+        return _SINGLE
+    return _BLOCK if tokens < _LONG else _WIDE_BLOCK
+
+
+def blocked_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gamma: Tensor,
+    halting: Tensor,
+    mask: AttentionMask,
+    *,
+    kept: bool,
+    scale: float,
+    softcap: float | None,
+) -> Saved:
+    """Return chain attention under a triangular mask.
+
+    Args:
+        query: ``[B, H, T, D]``, float32 or float64, as the rest.
+        key: ``[B, G, T, D]``, ``G`` a divisor of ``H``.
+        value: ``[B, G, T, E]``.
+        gamma: ``[H]``.
+        halting: ``1 - gamma``, ``[H]``, given apart because the difference of a rounded gamma loses digits.
+        mask: Who sees whom.
+        kept: Whether the diagonal takes part in the walk.
+        scale: Factor on the logits.
+        softcap: Bound on the logits.
+
+    Returns:
+        The output and its record. Time O(T^2 (D + E)), or O(T window (D + E)); memory O(T (D + E)).
+    """
+    batch, heads, tokens, _ = query.shape
+    width = value.shape[-1]
+    tiles = Tiles(query, key, mask, scale=scale, softcap=softcap)
+    saved = Saved(*(value.new_empty(batch * heads, tokens, size) for size in (width, width, width, 1, 1)))
+    hop, halt = (part.expand(batch, heads).reshape(-1, 1, 1) for part in (gamma, halting))
+    # a row of U begins as (1 - gamma) v; its block replaces it by the solution
+    by_group = saved.mixed.view(batch, -1, tiles.repeats, tokens, width)
+    torch.mul(value.unsqueeze(2), halting.view(-1, tiles.repeats, 1, 1), out=by_group)
+    block, fuse = block_of(tokens), tokens > _SPAN and tiles.can_fuse(width)
+    starts = range(0, tokens, block)
+    firsts = [start - start % _SPAN if fuse else mask.first_key(start, min(start + block, tokens)) for start in starts]
+    widest = max((min(start + block, tokens) - first for start, first in zip(starts, firsts, strict=True)), default=0)
+    # the widest first: what follows fits into it
+    tiles.space.take("products", batch * heads, min(block, tokens), widest)
+    earlier = None
+    for start, first in zip(starts, firsts, strict=True):
+        rows = slice(start, min(start + block, tokens))
+        if fuse and start == first > 0:
+            earlier = tiles.fused_read(slice(start, min(start + _SPAN, tokens)), start, saved.mixed)
+        _solve_block(tiles, saved, hop, halt, rows, first, earlier, kept)
+    return Saved(*(part.view(batch, heads, tokens, -1) for part in saved))
+
+
+def _solve_block(
+    tiles: Tiles,
+    saved: Saved,
+    hop: Tensor,
+    halt: Tensor,
+    rows: slice,
+    first: int,
+    earlier: tuple[Tensor, Tensor] | None,
+    kept: bool,
+) -> None:
+    """Solve some rows, given all rows above them, and write them into the record.
+
+    Args:
+        tiles: The attention matrix.
+        saved: The record, ``[N, T, ...]``.
+        hop: ``[N, 1, 1]``, gamma of each head.
+        halt: ``[N, 1, 1]``, ``1 - gamma``.
+        rows: Which rows.
+        first: The first key to be read here.
+        earlier: What rows from ``first`` on read of the keys before it, ``[N, .., E]``, and the log in base 2 of the
+            sum of their exponentials, ``[N, .., 1]``.
+        kept: Whether the diagonal takes part in the walk.
+    """
+    if earlier is not None:
+        earlier_read, earlier_sum = (part[:, rows.start - first : rows.stop - first] for part in earlier)
+    weights, own, off, share, log_sum = _attend(tiles, rows, first, None if earlier is None else earlier_sum)
+    inside = weights[..., rows.start - first :]
+    read = _buffer(tiles, "read", saved.off_read[:, rows])
+    if rows.start > first:
+        torch.bmm(weights[..., : rows.start - first], saved.mixed[:, first : rows.start], out=read)
+    else:
+        read.zero_()
+    if share is not None:
+        read.addcmul_(earlier_read, share)
+    mixed = _buffer(tiles, "mixed", saved.mixed[:, rows])
+    torch.addcmul(saved.mixed[:, rows], read, hop, out=mixed)
+    system = torch.mul(inside, -hop, out=tiles.space.take("system", *inside.shape))
+    # 1 - gamma * own as a sum of positive terms: nothing cancels as gamma nears 1
+    pivot = torch.addcmul(halt, off, hop) if kept else torch.ones_like(own)
+    if not tiles.mask.plain:
+        pivot.masked_fill_(own + off == 0, 1.0)
+    system.diagonal(dim1=-2, dim2=-1).copy_(pivot.squeeze(-1))
+    # transposed, the rows of U lie as the kernel wants them: half the time of the direct call
+    torch.linalg.solve_triangular(system.mT, mixed.mT, upper=True, left=False, out=mixed.mT)
+    read.baddbmm_(inside, mixed)
+    torch.addcmul(read, own, mixed, out=saved.output[:, rows])
+    for result, target in zip((mixed, read, log_sum, off), saved[1:], strict=True):
+        target[:, rows] = result
+
+
+def _attend(
+    tiles: Tiles, rows: slice, first: int, earlier_sum: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Return the attention of some rows to the keys from ``first`` on, and its sums.
+
+    Args:
+        tiles: The attention matrix.
+        rows: Which rows.
+        first: The first key.
+        earlier_sum: Log in base 2 of the sum of exponentials over the keys before ``first``, ``[N, rows, 1]``.
+
+    Returns:
+        The weights ``[N, rows, rows.stop - first]`` without those of a token to itself; those; the weight of all other
+        keys in sum; that of the keys before ``first``, ``None`` if there are none; and the log in base 2 of the sum of
+        exponentials, ``inf`` if the row sees nothing. The last four are ``[N, rows, 1]``.
+    """
+    logits = tiles.logits(rows, slice(first, rows.stop))
+    peak = logits.amax(-1, keepdim=True)
+    if earlier_sum is not None:
+        peak = torch.maximum(peak, earlier_sum)
+    if not tiles.mask.plain:
+        # a row that sees nothing holds only -inf
+        peak.clamp_(min=torch.finfo(peak.dtype).min)
+    weights = logits.sub_(peak).exp2_()
+    diagonal = weights[..., rows.start - first :].diagonal(dim1=-2, dim2=-1)
+    own = diagonal.unsqueeze(-1).clone()
+    diagonal.zero_()
+    off, share = weights.sum(-1, keepdim=True), None
+    if earlier_sum is not None:
+        share = (earlier_sum - peak).exp2_()
+        off += share
+    total = off + own
+    log_sum = peak.add_(total.log2())
+    if not tiles.mask.plain:
+        empty = total == 0
+        log_sum.masked_fill_(empty, torch.inf)
+        total.masked_fill_(empty, 1.0)
+    weights.div_(total)
+    return weights, own.div_(total), off.div_(total), None if share is None else share.div_(total), log_sum
+
+
+def _buffer(tiles: Tiles, name: str, target: Tensor) -> Tensor:
+    """Return contiguous memory in the shape of ``target``: itself if it is contiguous."""
+    return target if target.is_contiguous() else tiles.space.take(name, *target.shape)

@@ -1,0 +1,209 @@
+"""The backward pass of blocked chain attention: one sweep over the same blocks, from the bottom.
+
+With ``x`` the cotangent of ``(I - gamma A_c) U`` and ``z = dY + gamma x``, each block reads ``A^T z`` of the rows
+below it, solves the transposed system of its own rows, and adds to the gradients. README.md derives it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_chainattn.blocked import block_of
+from hf_chainattn.masks import AttentionMask
+from hf_chainattn.tiles import Tiles
+
+# rows below a block are taken so many at a time
+_TILE = 1024
+
+
+class Gradients(NamedTuple):
+    """Gradients of the arguments, each in the shape of its argument; ``bias`` is ``None`` if not asked for."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gamma: Tensor
+    bias: Tensor | None
+
+
+class _Sweep(NamedTuple):
+    """What the sweep reads and writes. Tensors are ``[N, T, ...]`` with ``N = B * H``, the bias as it was given."""
+
+    tiles: Tiles
+    hop: Tensor
+    halt: Tensor
+    kept: bool
+    value: Tensor
+    mixed: Tensor
+    off_read: Tensor
+    log_sum: Tensor
+    off_mass: Tensor
+    d_output: Tensor
+    d_mixed: Tensor | None
+    # x and z of the module's docstring, and delta, the sum over a row of weight times its cotangent
+    x: Tensor
+    z: Tensor
+    delta: Tensor
+    d_query: Tensor
+    d_key: Tensor
+    d_gamma: Tensor
+    d_bias: Tensor | None
+
+
+def blocked_backward(
+    d_output: Tensor,
+    d_mixed: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gamma: Tensor,
+    halting: Tensor,
+    mask: AttentionMask,
+    mixed: Tensor,
+    off_read: Tensor,
+    log_sum: Tensor,
+    off_mass: Tensor,
+    *,
+    kept: bool,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
+) -> Gradients:
+    """Return the gradients of ``blocked_forward``.
+
+    Args:
+        d_output: Cotangent of ``Y``, ``[B, H, T, E]``.
+        d_mixed: Cotangent of ``U``, ``[B, H, T, E]``, or ``None`` for 0.
+        query: As given forward.
+        key: As given forward.
+        value: As given forward.
+        gamma: As given forward.
+        halting: As given forward.
+        mask: As given forward.
+        mixed: From the record of the forward pass.
+        off_read: From the record.
+        log_sum: From the record.
+        off_mass: From the record.
+        kept: As given forward.
+        scale: As given forward.
+        softcap: As given forward.
+        bias: The additive mask, if its gradient is wanted.
+
+    Returns:
+        Gradients in the dtype of the computation. Time and memory grow as those of the forward pass.
+    """
+    batch, heads, tokens, width = d_output.shape
+    tiles = Tiles(query, key, mask, scale=scale, softcap=softcap)
+    flat = (batch * heads, tokens, -1)
+    sweep = _Sweep(
+        tiles=tiles,
+        hop=gamma.expand(batch, heads).reshape(-1, 1, 1),
+        halt=halting.expand(batch, heads).reshape(-1, 1, 1),
+        kept=kept,
+        value=value.reshape(-1, tokens, width),
+        mixed=mixed.view(flat),
+        off_read=off_read.view(flat),
+        log_sum=log_sum.view(flat),
+        off_mass=off_mass.view(flat),
+        d_output=d_output.reshape(flat),
+        d_mixed=None if d_mixed is None else d_mixed.reshape(flat),
+        x=query.new_empty(batch * heads, tokens, width),
+        z=query.new_empty(batch * heads, tokens, width),
+        delta=query.new_empty(batch * heads, tokens, 1),
+        d_query=query.new_zeros(tiles.query.shape),
+        d_key=query.new_empty(tiles.query.shape),
+        d_gamma=query.new_zeros(batch * heads),
+        d_bias=None if bias is None else torch.zeros_like(bias, dtype=query.dtype),
+    )
+    block = block_of(tokens)
+    largest = (batch * heads, min(block, tokens), min(_TILE, tokens))
+    tiles.space.take("products", *largest), tiles.space.take("cotangents", *largest)
+    for start in reversed(range(0, tokens, block)):
+        columns = slice(start, min(start + block, tokens))
+        _take_block(sweep, columns)
+    by_group = (batch, -1, tiles.repeats, tokens)
+    return Gradients(
+        query=sweep.d_query.view(query.shape),
+        key=sweep.d_key.view(*by_group, query.shape[-1]).sum(2),
+        value=sweep.x.mul_(sweep.halt).view(*by_group, width).sum(2),
+        gamma=sweep.d_gamma.view(batch, heads).sum(0),
+        bias=sweep.d_bias,
+    )
+
+
+def _take_block(sweep: _Sweep, columns: slice) -> None:
+    """Bring the sweep past one block of columns: its rows of x, z and delta, and all its gradients."""
+    tiles, mixed = sweep.tiles, sweep.mixed[:, columns]
+    key = tiles.repeated_key(columns)
+    d_key = torch.zeros_like(key)
+    arriving = torch.zeros_like(mixed) if sweep.d_mixed is None else sweep.d_mixed[:, columns].clone()
+    stop = tiles.mask.query_stop(columns.start, columns.stop)
+    for begin in range(columns.stop, stop, _TILE):
+        rows = slice(begin, min(begin + _TILE, stop))
+        weights, slope = tiles.weights(rows, columns, sweep.log_sum)
+        arriving.baddbmm_(weights.mT, sweep.z[:, rows])
+        d_logits = tiles.space.take("cotangents", *weights.shape)
+        torch.bmm(sweep.z[:, rows], mixed.mT, out=d_logits).sub_(sweep.delta[:, rows]).mul_(weights)
+        _spread(sweep, rows, columns, d_logits, slope, key, d_key)
+    _solve_transposed(sweep, columns, arriving, key, d_key)
+    sweep.d_key[:, columns] = d_key
+
+
+def _solve_transposed(sweep: _Sweep, rows: slice, arriving: Tensor, key: Tensor, d_key: Tensor) -> None:
+    """Solve the diagonal block.
+
+    Args:
+        sweep: The sweep.
+        rows: Which rows.
+        arriving: ``A^T z`` of the rows below plus the cotangent of U, ``[N, rows, E]``; used up.
+        key: The keys of these rows, ``[N, rows, D]``.
+        d_key: Their gradient, to be added to.
+    """
+    weights, slope = sweep.tiles.weights(rows, rows, sweep.log_sum)
+    own = weights.diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clone()
+    d_output, mixed, off_read = sweep.d_output[:, rows], sweep.mixed[:, rows], sweep.off_read[:, rows]
+    off_mass, hop = sweep.off_mass[:, rows], sweep.hop
+    system = torch.mul(weights, -hop, out=sweep.tiles.space.take("system", *weights.shape))
+    pivot = torch.ones_like(own)
+    if sweep.kept:
+        pivot = torch.where(own + off_mass > 0, sweep.halt + hop * off_mass, pivot)
+    system.diagonal(dim1=-2, dim2=-1).copy_(pivot.squeeze(-1))
+    arriving.baddbmm_(weights.mT, d_output)
+    # transposed as in the forward pass
+    x = torch.linalg.solve_triangular(system, arriving.mT, upper=False, left=False, out=arriving.mT).mT
+    z = torch.addcmul(d_output, x, hop)
+    # the cotangent of a weight is z u, that of the diagonal weight of the second convention dY u
+    own_cotangent = ((z if sweep.kept else d_output) * mixed).sum(-1, keepdim=True)
+    from_others = (z * off_read).sum(-1, keepdim=True)
+    delta = torch.addcmul(from_others, own, own_cotangent)
+    d_logits = sweep.tiles.space.take("cotangents", *weights.shape)
+    torch.bmm(z, mixed.mT, out=d_logits).sub_(delta).mul_(weights)
+    # own_cotangent - delta with 1 - own replaced by the mass of the others, which does not cancel
+    d_own = own * (off_mass * own_cotangent - from_others)
+    d_logits.diagonal(dim1=-2, dim2=-1).copy_(d_own.squeeze(-1))
+    _spread(sweep, rows, rows, d_logits, slope, key, d_key)
+    walked = torch.addcmul(off_read, own, mixed) if sweep.kept else off_read
+    sweep.d_gamma.add_((x * _minus_value(walked, sweep, rows)).sum((1, 2)))
+    sweep.x[:, rows], sweep.z[:, rows], sweep.delta[:, rows] = x, z, delta
+
+
+def _spread(
+    sweep: _Sweep, rows: slice, columns: slice, d_logits: Tensor, slope: Tensor | None, key: Tensor, d_key: Tensor
+) -> None:
+    """Add the cotangent of a tile of logits ``[N, rows, columns]`` to the gradients of bias, query and key."""
+    tiles = sweep.tiles
+    if sweep.d_bias is not None:
+        part = tiles.mask.tile_of(sweep.d_bias, rows, columns)
+        part.add_(d_logits.unflatten(0, (-1, tiles.heads)).sum_to_size(part.shape))
+    if slope is not None:
+        d_logits.mul_(slope)
+    sweep.d_query[:, rows].baddbmm_(d_logits, key, alpha=tiles.scale)
+    d_key.baddbmm_(d_logits.mT, tiles.query[:, rows], alpha=tiles.scale)
+
+
+def _minus_value(walked: Tensor, sweep: _Sweep, rows: slice) -> Tensor:
+    """Return ``walked - V`` without repeating the values of grouped heads, ``[N, rows, E]``."""
+    repeats = sweep.tiles.repeats
+    value = sweep.value[:, rows]
+    return (walked.unflatten(0, (-1, repeats)) - value.unsqueeze(1)).flatten(0, 1)
