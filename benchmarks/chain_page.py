@@ -41,7 +41,7 @@ a forward pass without gradients, nothing cached, median and range.""",
 
 def chain_tables(rows: list[Row]) -> list[str]:
     """Return the blocks of the section: the verdict on all targets, and captions and tables of all parts."""
-    judged = [row for row in rows if row["verdict"] != "-"]
+    judged = [row for row in rows if row.get("verdict", "-") != "-"]
     phrases = missed(judged)
     verdict = f"{len(judged) - len(phrases)} of {len(judged)} targets are met."
     blocks = [f"{verdict} Missed: {'; '.join(phrases)}." if phrases else verdict]

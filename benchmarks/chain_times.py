@@ -27,10 +27,10 @@ def compare(
 
 
 def clock(cases: dict[str, Callable[[], object]], *, long: bool = False) -> dict[str, list[float]]:
-    """Return times in seconds: up to 30 rounds in about six seconds, at least five, and three where ``long``."""
+    """Return times in seconds: up to 30 rounds in about five seconds, at least five, and three where ``long``."""
     if long:
         return alternate(cases, rounds=3, warm=False)
-    return alternate(cases, rounds=30, least=5, seconds=6.0)
+    return alternate(cases, rounds=30, least=5, seconds=5.0)
 
 
 def time_over_sdpa() -> Iterator[Row]:

@@ -31,10 +31,11 @@ def printed(rows: Iterable[Row]) -> Iterator[Row]:
     for row in rows:
         cells = {name: cell(value) for name, value in row.items() if name != "part"}
         if list(cells) != columns or row.get("part") != part:
+            head = f"\n-- {row['part']}" if row.get("part") != part else ""
             columns, part = list(cells), row.get("part")
             # later rows are not known yet: text gets more room than numbers
             widths = [max(len(name), 8 if isinstance(row[name], int | float) else 18) for name in columns]
-            print(f"\n-- {part}" if part else "")
+            print(head)
             print("  ".join(name.ljust(width) for name, width in zip(columns, widths, strict=True)).rstrip())
         line = "  ".join(text.ljust(width) for text, width in zip(cells.values(), widths, strict=True))
         print(line.rstrip(), flush=True)

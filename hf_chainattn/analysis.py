@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_chainattn.arguments import check_shapes, gamma_and_halting
 from hf_chainattn.config import check_diagonal
 from hf_chainattn.dense import attention_matrix, system_matrix
+from hf_chainattn.linalg import solve
 from hf_chainattn.masks import AttentionMask, check_masks
 
 
@@ -68,7 +69,7 @@ def mixing_matrix(
     if triangular:
         return torch.linalg.solve_triangular(system, halting * attention, upper=False, left=False)
     # the exact solution has no negative entry, an LU factorisation may leave one of the size of rounding
-    return torch.linalg.solve(system, halting * attention, left=False).clamp(min=0.0)
+    return solve(system.mT, (halting * attention).mT).mT.clamp(min=0.0)
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ from hf_chainattn.masks import AttentionMask
 from hf_chainattn.solvers import System, solve
 from hf_chainattn.tiles import Tiles
 
-# elements of the attention matrices that are held at a time, one head at least: 64 MiB in float32. Attention, system
-# and its factors make three times that, a softcap four times, whatever the batch
+# elements of the attention matrices that are held at a time, one head at least: 64 MiB in float32. With system,
+# factors and copies the peak is four to seven times that, whatever the batch, and one more with a softcap
 _ELEMENTS = 2**24
 
 

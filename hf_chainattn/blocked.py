@@ -36,11 +36,11 @@ class Saved(NamedTuple):
     off_mass: Tensor
 
 
-def block_of(tokens: int) -> int:
-    """Return how many rows are solved together."""
-    if tokens <= _SINGLE:
+def block_of(mask: AttentionMask) -> int:
+    """Return how many rows are solved together. With a window, wide blocks would compute much that is hidden."""
+    if mask.tokens <= _SINGLE:
         return _SINGLE
-    return _BLOCK if tokens < _LONG else _WIDE_BLOCK
+    return _BLOCK if mask.tokens < _LONG or mask.local else _WIDE_BLOCK
 
 
 def blocked_forward(
@@ -79,7 +79,7 @@ def blocked_forward(
     # a row of U begins as (1 - gamma) v; its block replaces it by the solution
     by_group = saved.mixed.view(batch, -1, tiles.repeats, tokens, width)
     torch.mul(value.unsqueeze(2), halting.view(-1, tiles.repeats, 1, 1), out=by_group)
-    block, fuse = block_of(tokens), tokens > _SPAN and tiles.can_fuse(width)
+    block, fuse = block_of(mask), tokens > _SPAN and tiles.can_fuse(width)
     starts = range(0, tokens, block)
     firsts = [start - start % _SPAN if fuse else mask.first_key(start, min(start + block, tokens)) for start in starts]
     widest = max((min(start + block, tokens) - first for start, first in zip(starts, firsts, strict=True)), default=0)

@@ -116,20 +116,24 @@ def blocked_backward(
         d_gamma=query.new_zeros(batch * heads),
         d_bias=None if bias is None else torch.zeros_like(bias, dtype=query.dtype),
     )
-    block = block_of(tokens)
+    block = block_of(mask)
     largest = (batch * heads, min(block, tokens), min(_TILE, tokens))
     tiles.space.take("products", *largest), tiles.space.take("cotangents", *largest)
     for start in reversed(range(0, tokens, block)):
         columns = slice(start, min(start + block, tokens))
         _take_block(sweep, columns)
-    by_group = (batch, -1, tiles.repeats, tokens)
     return Gradients(
         query=sweep.d_query.view(query.shape),
-        key=sweep.d_key.view(*by_group, query.shape[-1]).sum(2),
-        value=sweep.x.mul_(sweep.halt).view(*by_group, width).sum(2),
+        key=_over_group(sweep.d_key, tiles.repeats).view(key.shape),
+        value=_over_group(sweep.x.mul_(sweep.halt), tiles.repeats).view(value.shape),
         gamma=sweep.d_gamma.view(batch, heads).sum(0),
         bias=sweep.d_bias,
     )
+
+
+def _over_group(gradient: Tensor, repeats: int) -> Tensor:
+    """Return the sum over the query heads that share a key head, without a copy if each has its own."""
+    return gradient if repeats == 1 else gradient.unflatten(0, (-1, repeats)).sum(1)
 
 
 def _take_block(sweep: _Sweep, columns: slice) -> None:

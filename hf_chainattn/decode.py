@@ -6,6 +6,7 @@ from torch import Tensor
 from hf_chainattn.arguments import check_shapes, check_tensors, gamma_and_halting
 from hf_chainattn.config import check_diagonal
 from hf_chainattn.dense import softmax
+from hf_chainattn.linalg import solve
 from hf_chainattn.masks import hidden_by
 
 
@@ -197,5 +198,5 @@ def _solve(
         # row-major operands make this twice as fast as solving from the left
         u = torch.linalg.solve_triangular(system.mT, right.mT, upper=True, left=False).mT
     else:
-        u = torch.linalg.solve(system, right)
+        u = solve(system, right)
     return read + to_new @ u, u

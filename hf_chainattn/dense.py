@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hf_chainattn.linalg import solve
 from hf_chainattn.masks import AttentionMask
 
 
@@ -48,7 +49,7 @@ def dense_chain_attention(
     if mask.triangular:
         mixed = torch.linalg.solve_triangular(system, right, upper=False)
     else:
-        mixed = torch.linalg.solve(system, right)
+        mixed = solve(system, right)
         # what nobody sees was left out of the system, and still sees others
         unseen = (attention == 0).all(-2).unsqueeze(-1)
         mixed = torch.where(unseen, right + hop * (attention @ mixed), mixed)

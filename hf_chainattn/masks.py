@@ -7,6 +7,8 @@ from torch import Tensor
 
 # rows of a given mask that are looked at together
 _SCAN_ROWS = 512
+# forms of tiles that are remembered
+_BANDS = 4
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class AttentionMask:
         self.attn_mask = None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.ndim)]
         self.key_padding_mask = None if key_padding_mask is None else key_padding_mask != 0
         self.causal = is_causal
-        self._triangle: Tensor | None = None
+        self._bands: dict[tuple[int, int, int], Tensor] = {}
         scan = None
         if self.attn_mask is not None and self.attn_mask.shape[-2] == tokens:
             scan = _scan(self.attn_mask, tokens)
@@ -106,6 +108,11 @@ class AttentionMask:
             return None, None
         return first.clamp(0).tolist(), last.clamp(max=self.tokens - 1).tolist()
 
+    @property
+    def local(self) -> bool:
+        """Whether some keys are known to be out of reach for some queries, beside later ones."""
+        return self._first_key is not None
+
     def first_key(self, start: int, stop: int) -> int:
         """Return the first key that any query from ``start`` to ``stop - 1`` may see, ``start`` if they see none."""
         return 0 if self._first_key is None else min(start, *self._first_key[start:stop])
@@ -135,11 +142,11 @@ class AttentionMask:
             other = self.segment_ids[:, rows, None] != self.segment_ids[:, None, columns]
             logits.masked_fill_(other[:, None], -torch.inf)
         if self.window is not None:
-            queries, keys = (torch.arange(part.start, part.stop, device=logits.device) for part in (rows, columns))
-            logits.masked_fill_((queries[:, None] - keys).abs() >= self.window, -torch.inf)
-        if self.causal and columns.stop > rows.start + 1:
+            logits.add_(self._band(logits, rows, columns))
+        elif self.causal and columns.stop > rows.start + 1:
             # only keys from the first query on can be later than a query
-            logits[..., rows.start - columns.start :].add_(self._later(logits, rows, columns))
+            tail = slice(rows.start, columns.stop)
+            logits[..., rows.start - columns.start :].add_(self._band(logits, rows, tail))
 
     def whole(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return who is visible, and what is added where they are, ``[B, H, T, T]`` each: memory O(B H T^2).
@@ -153,12 +160,19 @@ class AttentionMask:
         visible = logits.detach() > -torch.inf
         return visible, torch.where(visible, logits, 0.0)
 
-    def _later(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
-        """Return ``-inf`` where a key from ``rows.start`` on is later than the query, else 0."""
-        shape = (rows.stop - rows.start, columns.stop - rows.start)
-        if self._triangle is None or self._triangle.shape != shape:
-            self._triangle = logits.new_full(shape, -torch.inf).triu_(1)
-        return self._triangle
+    def _band(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Return ``-inf`` where order or window hides the key, else 0, ``[rows, columns]``; each form is made once."""
+        form = rows.stop - rows.start, columns.stop - columns.start, rows.start - columns.start
+        if form not in self._bands:
+            if len(self._bands) == _BANDS:
+                self._bands.clear()
+            queries, keys = (torch.arange(part.start, part.stop, device=logits.device) for part in (rows, columns))
+            distance = queries[:, None] - keys
+            hidden = distance < 0 if self.causal else torch.zeros_like(distance, dtype=torch.bool)
+            if self.window is not None:
+                hidden = hidden | (distance.abs() >= self.window)
+            self._bands[form] = logits.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        return self._bands[form]
 
     @staticmethod
     def tile_of(full: Tensor, rows: slice, columns: slice) -> Tensor:
