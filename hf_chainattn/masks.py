@@ -7,6 +7,8 @@ from torch import Tensor
 
 # rows of a given mask that are looked at together
 _SCAN_ROWS = 512
+# sizes of tiles are multiples of this, which matrix products like
+_ALIGNED = 16
 # forms of tiles that are remembered
 _BANDS = 4
 
@@ -114,12 +116,15 @@ class AttentionMask:
         return self._first_key is not None
 
     def first_key(self, start: int, stop: int) -> int:
-        """Return the first key that any query from ``start`` to ``stop - 1`` may see, ``start`` if they see none."""
-        return 0 if self._first_key is None else min(start, *self._first_key[start:stop])
+        """Return a key before which no query from ``start`` to ``stop - 1`` sees any: the last such multiple of 16."""
+        return 0 if self._first_key is None else min(start, *self._first_key[start:stop]) // _ALIGNED * _ALIGNED
 
     def query_stop(self, start: int, stop: int) -> int:
-        """Return one more than the last query that may see a key from ``start`` to ``stop - 1``, at least ``stop``."""
-        return self.tokens if self._last_query is None else max(stop - 1, *self._last_query[start:stop]) + 1
+        """Return a query from which on no key from ``start`` to ``stop - 1`` is seen, at least ``stop``, likewise."""
+        if self._last_query is None:
+            return self.tokens
+        last = max(stop - 1, *self._last_query[start:stop])
+        return min((last // _ALIGNED + 1) * _ALIGNED, self.tokens)
 
     def apply_(self, logits: Tensor, rows: slice, columns: slice, unit: float = 1.0) -> None:
         """Add the bias to a tile of logits and write ``-inf`` where the key is hidden, in place.

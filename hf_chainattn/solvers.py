@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 _CROSSOVER = {torch.float32: 3072, torch.float64: sys.maxsize}
 # LU costs about as much as T / (1.5 E) products with their orthogonalisation: the iteration is given no more. Fewer
 # than 32 columns take as long as 32
-_LU_SHARE, _NARROWEST = 1.5, 32
+_LU_SHARE, _NARROWEST = 1.3, 32
 _TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12}
 # LU leaves a backward error of some roundings; an iteration that has come to so many is as good
 _ROUNDINGS = 4
