@@ -1,9 +1,11 @@
 """The public function: checks its arguments, chooses an implementation, and lets it compute."""
 
+import numbers
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hf_chainattn.arguments import check_shapes, gamma_and_halting
 from hf_chainattn.config import check_diagonal
@@ -47,11 +49,11 @@ def chain_attention(
     ``E`` value width.
 
     Args:
-        query: ``[B, H, T, D]``.
+        query: ``[B, H, T, D]``. All three must be finite, also where they are hidden: ``0 * nan`` is ``nan``.
         key: ``[B, H_kv, T, D]``.
         value: ``[B, H_kv, T, E]``.
         gamma: Chance of one more hop, in ``[0, 1)``: a number, or a tensor of shape ``[H]`` or ``[1]``, which may
-            require gradients. Tensor values are not checked, so that no device is waited for.
+            require gradients. Tensor values are not checked, so that no device is waited for; in bfloat16 0.999 is 1.
         diagonal: ``"kept"``: ``A_c = A``; ``"removed"``: ``A_c`` is ``A`` with a zero diagonal.
         attn_mask: Boolean (True = visible) or additive, broadcastable to ``[B, H, T, T]``. In an additive mask,
             ``-inf``, and anything at or below half of the most negative number of its dtype, hides the key. A row that
@@ -68,10 +70,12 @@ def chain_attention(
         generator: Draws one seed for the dropout of this call. ``None``: torch's own generator of the CPU.
         impl: ``"auto"``: blocked where no token sees a later one, else a dense solve. ``"blocked"``: memory linear in
             ``T``, and a ``ValueError`` where it cannot be. ``"dense"``: holds the ``[B, H, T, T]`` matrix, can be
-            differentiated twice. ``"reference"``: the definition, for comparison; knows no softcap and no dropout.
+            differentiated twice and forward. ``"reference"``: the definition, for comparison; knows no softcap, no
+            dropout and no ``U``.
         return_u: Also return the mixed values ``U``, with ``Y = A U``: what ``chain_decode_step`` continues from.
-        tolerance: Where tokens see later ones: the largest relative residual of the solve that counts as solved.
-            ``None``: 1e-6, or 1e-12 in float64.
+        tolerance: Where tokens see later ones: the largest backward error of the solve that counts as solved, that
+            is ``|b - M x| / (|M| |x| + |b|)`` in the maximum norm. ``None``: 1e-6, or 1e-12 in float64. The error of
+            the output can be larger by up to ``2 / (1 - gamma)``.
         on_inexact: What to do about a larger one: ``"raise"`` an ``InexactSolveError`` or ``"warn"`` with an
             ``InexactSolveWarning``.
 
@@ -87,7 +91,8 @@ def chain_attention(
         UnsupportedCacheError: If there are more or fewer keys than queries: cached plain values cannot be continued,
             but ``chain_decode_step`` continues from cached ``U``. A ``ValueError`` too.
         InexactSolveError: See ``on_inexact``.
-        NotImplementedError: At a second derivative, unless ``impl="dense"``.
+        NotImplementedError: At a second or a forward-mode derivative, unless ``impl`` is ``"dense"`` or
+            ``"reference"``.
 
     Example:
         >>> import torch
@@ -97,14 +102,21 @@ def chain_attention(
         torch.Size([1, 2, 5, 8])
     """
     check_shapes(query, key, value)
-    extras = softcap is not None or dropout_p > 0 or return_u
-    _check_settings(diagonal, impl, on_inexact, dropout_p, extras)
+    _check_settings(diagonal, impl, on_inexact)
+    _check_numbers(softcap, scale, dropout_p)
+    if impl == "reference" and (softcap is not None or dropout_p > 0 or return_u):
+        raise ValueError("impl='reference' knows neither softcap, dropout nor U: use impl='dense' with them.")
     batch, heads, tokens, _ = query.shape
     check_masks(attn_mask, key_padding_mask, segment_ids, window, batch=batch, heads=heads, tokens=tokens)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     hop, halting = gamma_and_halting(gamma, query, key, value)
+    if value.numel() == 0 or query.numel() == 0:
+        # no batch row or no token: nothing to attend to, but still a part of the graph
+        output = value.new_zeros(*query.shape[:3], value.shape[3]) + 0 * (query.sum() + key.sum() + value.sum())
+        return (output, output.clone()) if return_u else output
     kept, masks, logits = diagonal == "kept", (attn_mask, key_padding_mask, segment_ids, window), (scale, softcap)
     if impl in ("auto", "blocked"):
+        _refuse_forward_mode(query, key, value, hop, attn_mask)
         output, mixed, _, log_sum, _ = chain_attention_operator(
             *(query, key, value, hop, halting, *masks, is_causal, kept, *logits),
             *(impl == "blocked", tolerance, on_inexact),
@@ -141,12 +153,27 @@ def chain_attention(
     return (output, mixed.to(value.dtype)) if return_u else output
 
 
-def _check_settings(diagonal: str, impl: str, on_inexact: str, dropout_p: float, extras: bool) -> None:
+def _check_settings(diagonal: str, impl: str, on_inexact: str) -> None:
     check_diagonal(diagonal)
     for name, given, choices in (("impl", impl, Implementation), ("on_inexact", on_inexact, OnInexact)):
         if given not in get_args(choices):
             raise ValueError(f"{name} must be one of {list(get_args(choices))}, got {given!r}.")
+
+
+def _check_numbers(softcap: float | None, scale: float | None, dropout_p: float) -> None:
+    for name, given in (("softcap", softcap), ("scale", scale), ("dropout_p", dropout_p)):
+        optional = name != "dropout_p" and given is None
+        if not optional and (isinstance(given, bool) or not isinstance(given, numbers.Real)):
+            raise TypeError(f"{name} must be a number, got {given!r}.")
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap!r}.")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}.")
-    if impl == "reference" and extras:
-        raise ValueError("impl='reference' knows neither softcap, dropout nor U: use impl='dense' with them.")
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise if a derivative is being carried forward: the operator would drop it without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError("Blocked chain attention has no forward-mode derivative: use impl='dense' for it.")

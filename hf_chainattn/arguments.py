@@ -43,6 +43,8 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
             "query [B, H, T, D], key [B, H_kv, T, D] and value [B, H_kv, T, E] must agree, got "
             f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
         )
+    if query.shape[3] == 0:
+        raise ValueError("query and key must have a width of at least 1, got 0.")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(
             f"The number of query heads must be a multiple of the key heads, got {query.shape[1]} and {key.shape[1]}."

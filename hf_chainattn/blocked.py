@@ -74,7 +74,8 @@ def blocked_forward(
     batch, heads, tokens, _ = query.shape
     width = value.shape[-1]
     tiles = Tiles(query, key, mask, scale=scale, softcap=softcap)
-    saved = Saved(*(value.new_empty(batch * heads, tokens, size) for size in (width, width, width, 1, 1)))
+    record = Saved(*(value.new_empty(batch, heads, tokens, size) for size in (width, width, width, 1, 1)))
+    saved = Saved(*(part.view(batch * heads, tokens, -1) for part in record))
     hop, halt = (part.expand(batch, heads).reshape(-1, 1, 1) for part in (gamma, halting))
     # a row of U begins as (1 - gamma) v; its block replaces it by the solution
     by_group = saved.mixed.view(batch, -1, tiles.repeats, tokens, width)
@@ -91,7 +92,7 @@ def blocked_forward(
         if fuse and start == first > 0:
             earlier = tiles.fused_read(slice(start, min(start + _SPAN, tokens)), start, saved.mixed)
         _solve_block(tiles, saved, hop, halt, rows, first, earlier, kept)
-    return Saved(*(part.view(batch, heads, tokens, -1) for part in saved))
+    return record
 
 
 def _solve_block(

@@ -114,7 +114,7 @@ def blocked_backward(
         d_query=query.new_zeros(tiles.query.shape),
         d_key=query.new_empty(tiles.query.shape),
         d_gamma=query.new_zeros(batch * heads),
-        d_bias=None if bias is None else torch.zeros_like(bias, dtype=query.dtype),
+        d_bias=None if bias is None else query.new_zeros(bias.shape),
     )
     block = block_of(mask)
     largest = (batch * heads, min(block, tokens), min(_TILE, tokens))

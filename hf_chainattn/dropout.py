@@ -88,7 +88,7 @@ def _backward_operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, ``U`` and additive mask, the last one empty if not asked for."""
     mask = AttentionMask(attn_mask, key_padding_mask, segment_ids, window, is_causal=is_causal, tokens=query.shape[2])
-    d_bias = mixed.new_empty(0) if attn_mask is None or not with_bias else torch.zeros_like(attn_mask)
+    d_bias = mixed.new_zeros(attn_mask.shape if with_bias and attn_mask is not None else 0)
     with torch.autocast(query.device.type, enabled=False):
         tiles = Tiles(query.to(mixed.dtype), key.to(mixed.dtype), mask, scale=scale, softcap=softcap)
         values, sums, upstream = (tensor.flatten(0, 1) for tensor in (mixed, log_sum, d_output.to(mixed.dtype)))
@@ -107,6 +107,7 @@ def _backward_operator(
                 d_logits.mul_(slope)
             d_query[:, rows].baddbmm_(d_logits, tiles.repeated_key(columns), alpha=scale)
             d_key[:, columns].baddbmm_(d_logits.mT, tiles.query[:, rows], alpha=scale)
+    d_bias = d_bias if attn_mask is None or not with_bias else d_bias.to(attn_mask.dtype)
     d_key = d_key.view(*key.shape[:2], -1, *key.shape[2:]).sum(2)
     return d_query.view(query.shape).to(query.dtype), d_key.to(key.dtype), d_mixed.view(mixed.shape), d_bias
 
@@ -143,7 +144,7 @@ def _(
     attn_mask: Tensor | None,
     *others: Any,
 ) -> tuple[Tensor, ...]:
-    bias = mixed.new_empty(0) if attn_mask is None or not others[-1] else torch.empty_like(attn_mask)
+    bias = mixed.new_empty(0) if attn_mask is None or not others[-1] else attn_mask.new_empty(attn_mask.shape)
     return query.new_empty(query.shape), key.new_empty(key.shape), mixed.new_empty(mixed.shape), bias
 
 

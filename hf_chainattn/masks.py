@@ -1,5 +1,6 @@
 """What an attention mask says, read once and applied tile by tile, so that no ``T x T`` matrix has to be held."""
 
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -167,17 +168,23 @@ class AttentionMask:
 
     def _band(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
         """Return ``-inf`` where order or window hides the key, else 0, ``[rows, columns]``; each form is made once."""
+        if torch.compiler.is_compiling():
+            # sizes may be symbols there, which cannot be looked up
+            return self._new_band(logits, rows, columns)
         form = rows.stop - rows.start, columns.stop - columns.start, rows.start - columns.start
         if form not in self._bands:
             if len(self._bands) == _BANDS:
                 self._bands.clear()
-            queries, keys = (torch.arange(part.start, part.stop, device=logits.device) for part in (rows, columns))
-            distance = queries[:, None] - keys
-            hidden = distance < 0 if self.causal else torch.zeros_like(distance, dtype=torch.bool)
-            if self.window is not None:
-                hidden = hidden | (distance.abs() >= self.window)
-            self._bands[form] = logits.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            self._bands[form] = self._new_band(logits, rows, columns)
         return self._bands[form]
+
+    def _new_band(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
+        queries, keys = (torch.arange(part.start, part.stop, device=logits.device) for part in (rows, columns))
+        distance = queries[:, None] - keys
+        hidden = distance < 0 if self.causal else torch.zeros_like(distance, dtype=torch.bool)
+        if self.window is not None:
+            hidden = hidden | (distance.abs() >= self.window)
+        return logits.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
     @staticmethod
     def tile_of(full: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -199,9 +206,13 @@ def check_masks(
     """Raise unless dtypes and shapes of the sources of a mask fit.
 
     Raises:
-        TypeError: If a mask has the wrong dtype.
+        TypeError: If a mask is no tensor or has the wrong dtype, or ``window`` is no integer.
         ValueError: If a shape does not fit, or ``window`` is below 1.
     """
+    sources = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "segment_ids": segment_ids}
+    for name, source in sources.items():
+        if source is not None and not isinstance(source, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(source).__name__}.")
     if attn_mask is not None:
         full = (batch, heads, tokens, tokens)
         shape = tuple(attn_mask.shape)
@@ -215,6 +226,8 @@ def check_masks(
             raise TypeError(f"{name} must be boolean or integer, got {source.dtype}.")
         if source is not None and source.shape != (batch, tokens):
             raise ValueError(f"{name} must have the shape [B, T] = {[batch, tokens]}, got {list(source.shape)}.")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, numbers.Integral | torch.SymInt)):
+        raise TypeError(f"window must be an integer, got {window!r}.")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, the token itself, got {window!r}.")
 

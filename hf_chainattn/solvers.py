@@ -18,10 +18,9 @@ from hf_chainattn.linalg import lu_factor, lu_solve
 _logger = logging.getLogger(__name__)
 
 # tokens from which the iteration is tried. Its time over that of LU, one thread, E = 64, random logits of deviation 1
-# and 3, gamma 0.9 and 0.99: 0.7 to 1.7 at T = 1024, 0.5 to 1.8 at 2048, 0.3 to 0.9 at 3072, 0.3 to 0.8 at 4096; in
-# float64 still 0.8 to 2.6 there
-_CROSSOVER = {torch.float32: 3072, torch.float64: sys.maxsize}
-# LU costs about as much as T / (1.5 E) products with their orthogonalisation: the iteration is given no more. Fewer
+# and 3, gamma 0.9 and 0.99: 0.6 to 1.6 at T = 1024, 0.35 to 1.05 at 2048, 0.2 to 0.7 at 4096; in float64 to 2.6 there
+_CROSSOVER = {torch.float32: 2048, torch.float64: sys.maxsize}
+# LU costs about as much as T / (1.3 E) products with their orthogonalisation: the iteration is given no more. Fewer
 # than 32 columns take as long as 32
 _LU_SHARE, _NARROWEST = 1.3, 32
 _TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12}

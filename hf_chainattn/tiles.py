@@ -75,7 +75,7 @@ class Tiles:
         return logits
 
     def weights(self, rows: slice, columns: slice, log_sum: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the attention weights of a tile and the slope of the softcap there, ``[N, rows, columns]`` each.
+        """Return the attention weights of a tile ``[N, rows, columns]``, and the slope of the softcap there, if any.
 
         Args:
             rows: Which queries.

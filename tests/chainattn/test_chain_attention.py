@@ -185,6 +185,13 @@ BAD = {
     "padding of wrong size": ({"key_padding_mask": torch.ones(2, 5).bool()}, ValueError, r"\[B, T\] = \[2, 6\]"),
     "segments as numbers": ({"segment_ids": torch.ones(2, 6)}, TypeError, "segment_ids must be boolean or integer"),
     "segments of one row": ({"segment_ids": torch.ones(1, 6).long()}, ValueError, "segment_ids must have the shape"),
+    "window as a flag": ({"window": True}, TypeError, "window must be an integer"),
+    "half a window": ({"window": 1.5}, TypeError, "window must be an integer"),
+    "softcap of 0": ({"softcap": 0.0}, ValueError, "softcap must be positive"),
+    "softcap of nothing": ({"softcap": float("inf")}, ValueError, "softcap must be positive"),
+    "scale as a tensor": ({"scale": torch.ones(())}, TypeError, "scale must be a number"),
+    "dropout of None": ({"dropout_p": None}, TypeError, "dropout_p must be a number"),
+    "mask as a list": ({"attn_mask": [[True]]}, TypeError, "attn_mask must be a tensor, got list"),
     "no window": ({"window": 0}, ValueError, "window must be at least 1"),
     "unknown reaction": ({"on_inexact": "ignore"}, ValueError, "on_inexact must be one of"),
     "reference with dropout": ({"impl": "reference", "dropout_p": 0.1}, ValueError, "knows neither"),
@@ -197,6 +204,45 @@ def test_bad_arguments_are_named(case):
     arguments, error, message = BAD[case]
     with pytest.raises(error, match=message):
         chain_attention(*inputs(6), **({"gamma": 0.5} | arguments))
+
+
+@pytest.mark.parametrize("impl", ["auto", "blocked", "dense", "reference"])
+@pytest.mark.parametrize("sizes", [(0, 6), (2, 0)])
+def test_nothing_to_attend_to_gives_nothing(sizes, impl):
+    """Oracle: the shape that scaled_dot_product_attention gives, and gradients of the inputs' shapes."""
+    batch, tokens = sizes
+    leaves = [torch.randn(batch, heads, tokens, 8, requires_grad=True) for heads in (4, 2, 2)]
+    segments = torch.zeros(batch, tokens, dtype=torch.long)
+    output = chain_attention(*leaves, gamma=0.9, segment_ids=segments, impl=impl)
+    assert output.shape == (batch, 4, tokens, 8)
+    assert [gradient.shape for gradient in torch.autograd.grad(output.sum(), leaves)] == [
+        leaf.shape for leaf in leaves
+    ]
+
+
+# torch itself compiles a rule of forward mode with it, at the first use
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode_is_refused_and_the_dense_form_has_it():
+    """Oracle: the reverse-mode Jacobian. Without the refusal torch would return zeros without a word."""
+    query, key, value = (tensor[:1, :, :3] for tensor in inputs(3, groups=1))
+
+    def function(impl):
+        return lambda query: chain_attention(query, key, value, gamma=0.9, impl=impl)
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative: use impl='dense'"):
+        torch.func.jacfwd(function("auto"))(query)
+    forward = torch.func.jacfwd(function("dense"))(query)
+    torch.testing.assert_close(forward, torch.autograd.functional.jacobian(function("auto"), query))
+
+
+def test_an_output_may_be_changed_in_place():
+    """Oracle: the gradient of the same sum out of place."""
+    leaves = inputs(6, requires_grad=True)
+    output = chain_attention(*leaves, gamma=0.9)
+    output += 1
+    gradients = torch.autograd.grad(output.square().sum(), leaves)
+    expected = torch.autograd.grad((chain_attention(*leaves, gamma=0.9) + 1).square().sum(), leaves)
+    assert all(map(torch.equal, gradients, expected))
 
 
 def test_shapes_that_do_not_fit_are_named():

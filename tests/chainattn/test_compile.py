@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_chainattn import chain_attention
@@ -48,6 +49,25 @@ def test_one_graph_gives_the_same_values_and_gradients(case):
         results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
     for plain, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_operators_return_the_strides_that_they_promise():
+    """Oracle: the fake operators. A bias looked up in a table is often transposed, and inductor relies on strides."""
+    query, key, value = draw(requires_grad=False)
+    bias = torch.randn(70, 70, 4).permute(2, 0, 1)
+    gamma = torch.full((4,), 0.9)
+    masks, settings = (None, None), (True, 0.3, None, False, None, "raise")
+    output, *record = chain_attention_operator(
+        query, key, value, gamma, 1 - gamma, bias, *masks, None, True, *settings
+    )
+    backward = (output, None, query, key, value, gamma, 1 - gamma, bias, *masks, *record, None, True, *settings, True)
+    seed = draw_seed(None)
+    dropped = (output, query, key, record[0], record[2], bias, *masks, seed, None, True, 0.3, None, 0.2, True)
+    for operator, arguments in ((_backward_operator, backward), (dropout_backward, dropped)):
+        real = operator(*arguments)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = operator(*arguments)
+        assert [tensor.stride() for tensor in real] == [tensor.stride() for tensor in fake]
 
 
 def test_a_compiled_graph_reads_the_mask_it_is_given():
