@@ -1,21 +1,33 @@
 """Chain attention: time against other ways to attend, memory, growth with T, threads and compilation.
 
-Float32, 8 heads of 64, gamma 0.9. ``python -m benchmarks.chain memory curve`` prints some parts and writes nothing.
+Float32, 8 heads of 64, gamma 0.9. ``python -m benchmarks.chain memory curve`` prints some parts and writes nothing;
+with ``--into chain.json`` they take the place of the same parts of that run.
 """
 
 import argparse
+import functools
+import json
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 
 from benchmarks.chain_compile import compile_time
 from benchmarks.chain_memory import curve, memory
-from benchmarks.chain_times import one_thread_over_two, removed_over_kept, time_over_sdpa, whole_over_window
+from benchmarks.chain_times import (
+    LONGER,
+    SHORT,
+    one_thread_over_two,
+    removed_over_kept,
+    time_over_sdpa,
+    whole_over_window,
+)
 from benchmarks.registry import Row, benchmark, machine_facts
 from benchmarks.table import printed
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
-    "time": time_over_sdpa,
+    "short": functools.partial(time_over_sdpa, SHORT),
+    "time": functools.partial(time_over_sdpa, LONGER),
     "removed": removed_over_kept,
     "window": whole_over_window,
     "memory": memory,
@@ -38,10 +50,24 @@ def rows_of(parts: Iterable[str]) -> Iterator[Row]:
             yield {"part": part, **row}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run some parts."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chain", description=__doc__)
     parser.add_argument("parts", nargs="+", choices=list(PARTS))
+    parser.add_argument("--into", type=Path, help="a stored run on the same machine and versions")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(", ".join(f"{name} {value}" for name, value in machine_facts().items()))
-    for _ in printed(rows_of(parser.parse_args().parts)):
-        pass
+    rows = list(printed(rows_of(arguments.parts)))
+    if arguments.into is None:
+        return
+    run = json.loads(arguments.into.read_text(encoding="utf8"))
+    if run["facts"] != machine_facts():
+        parser.error(f"{arguments.into} was measured with {run['facts']}")
+    rows += [row for row in run["rows"] if row["part"] not in arguments.parts]
+    rows.sort(key=lambda row: list(PARTS).index(row["part"]))
+    arguments.into.write_text(json.dumps({**run, "rows": rows}, indent=2) + "\n", encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()

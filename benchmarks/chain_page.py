@@ -14,6 +14,9 @@ The time of chain attention over that of torch's `scaled_dot_product_attention` 
 quartiles. For comparison, at batch 1: eager attention of transformers and the naive chain solve (softmax matrix,
 `solve_triangular`, autograd), also over sdpa. They are left out where about twelve `[T, T]` matrices for each head
 would take more than 6 GB.""",
+    "short": """### Time over sdpa, short sequences
+
+What is measured is said under the next heading. Starting small operations takes most of the time here.""",
     "removed": """### Diagonal removed over kept
 
 The time with `diagonal="removed"` over that with `"kept"`, batch 1.""",
@@ -48,7 +51,7 @@ def chain_tables(rows: list[Row]) -> list[str]:
     for part, group in groupby(rows, key=lambda row: row["part"]):
         members = [{name: value for name, value in row.items() if name != "part"} for row in group]
         blocks.append(CAPTIONS[part])
-        if part == "time":
+        if part in ("short", "time"):
             blocks += time_tables(members)
         else:
             # rows with other columns make a table of their own

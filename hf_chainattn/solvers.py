@@ -18,7 +18,7 @@ from hf_chainattn.linalg import lu_factor, lu_solve
 _logger = logging.getLogger(__name__)
 
 # tokens from which the iteration is tried. Its time over that of LU, one thread, E = 64, random logits of deviation 1
-# and 3, gamma 0.9 and 0.99: 0.6 to 1.6 at T = 1024, 0.35 to 1.05 at 2048, 0.2 to 0.7 at 4096; in float64 to 2.6 there
+# and 3, gamma 0.9 and 0.99: 0.6 to 1.6 at T = 1024, 0.3 to 1.1 at 2048, 0.2 to 0.6 at 4096; in float64 to 2.2 there
 _CROSSOVER = {torch.float32: 2048, torch.float64: sys.maxsize}
 # LU costs about as much as T / (1.3 E) products with their orthogonalisation: the iteration is given no more. Fewer
 # than 32 columns take as long as 32
