@@ -83,7 +83,7 @@ def blocked_forward(
     block, fuse = block_of(mask), tokens > _SPAN and tiles.can_fuse(width)
     starts = range(0, tokens, block)
     firsts = [start - start % _SPAN if fuse else mask.first_key(start, min(start + block, tokens)) for start in starts]
-    widest = max((min(start + block, tokens) - first for start, first in zip(starts, firsts, strict=True)), default=0)
+    widest = max(min(start + block, tokens) - first for start, first in zip(starts, firsts, strict=True))
     # the widest first: what follows fits into it
     tiles.space.take("products", batch * heads, min(block, tokens), widest)
     earlier = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_chainattn.masks import AttentionMask
+from hf_chainattn.operator import no_second_derivative
 from hf_chainattn.tiles import Tiles
 
 # query rows at a time
@@ -160,11 +161,5 @@ def _backward(ctx: Any, d_output: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
     return query, key, mixed, None, bias if with_bias else None, *(None,) * 8
 
 
-def _no_second_derivative(ctx: Any, *cotangents: Any) -> None:  # noqa: ANN401
-    raise NotImplementedError(
-        "Blocked chain attention has no second derivative: differentiate chain_attention(..., impl='dense') twice."
-    )
-
-
 read_out_with_dropout.register_autograd(_backward, setup_context=_setup_context)
-_backward_operator.register_autograd(_no_second_derivative)
+_backward_operator.register_autograd(no_second_derivative)

@@ -172,11 +172,12 @@ def _backward(ctx: Any, d_output: Tensor | None, d_mixed: Tensor | None, *others
     return *gradients, None, bias if with_bias else None, *(None,) * 10
 
 
-def _no_second_derivative(ctx: Any, *cotangents: Any) -> None:  # noqa: ANN401
+def no_second_derivative(ctx: Any, *cotangents: Any) -> None:  # noqa: ANN401
+    """Refuse to differentiate a backward operator: its derivative."""
     raise NotImplementedError(
         "Blocked chain attention has no second derivative: differentiate chain_attention(..., impl='dense') twice."
     )
 
 
 chain_attention_operator.register_autograd(_backward, setup_context=_setup_context)
-_backward_operator.register_autograd(_no_second_derivative)
+_backward_operator.register_autograd(no_second_derivative)
