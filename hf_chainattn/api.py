@@ -12,7 +12,7 @@ from hf_chainattn.config import check_diagonal
 from hf_chainattn.dense import dense_chain_attention
 from hf_chainattn.dropout import draw_seed, read_out_with_dropout
 from hf_chainattn.masks import AttentionMask, check_masks
-from hf_chainattn.operator import chain_attention_operator
+from hf_chainattn.operator import differentiable
 from hf_chainattn.reference import chain_attention_reference
 
 Implementation = Literal["auto", "blocked", "dense", "reference"]
@@ -117,7 +117,7 @@ def chain_attention(
     kept, masks, logits = diagonal == "kept", (attn_mask, key_padding_mask, segment_ids, window), (scale, softcap)
     if impl in ("auto", "blocked"):
         _refuse_forward_mode(query, key, value, hop, attn_mask)
-        output, mixed, _, log_sum, _ = chain_attention_operator(
+        output, mixed, _, log_sum, _ = differentiable(
             *(query, key, value, hop, halting, *masks, is_causal, kept, *logits),
             *(impl == "blocked", tolerance, on_inexact),
         )

@@ -67,8 +67,8 @@ def gamma_and_halting(gamma: float | Tensor, query: Tensor, key: Tensor, value: 
         dtype = torch.promote_types(dtype, tensor.dtype)
     if not isinstance(gamma, Tensor):
         check_gamma(gamma)
-        chances = torch.tensor([[gamma], [1.0 - gamma]], dtype=dtype, device=query.device).expand(2, heads)
-        return chances[0], chances[1]
+        hop, halting = (torch.full((heads,), n, dtype=dtype, device=query.device) for n in (gamma, 1.0 - gamma))
+        return hop, halting
     if gamma.numel() not in (1, heads) or not gamma.is_floating_point():
         raise ValueError(
             f"gamma as a tensor must be floating point with 1 or H = {heads} elements, "

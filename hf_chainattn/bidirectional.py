@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_chainattn.blocked import Saved
-from hf_chainattn.blocked_backward import Gradients
+from hf_chainattn.blocked_backward import Gradients, d_gamma_of
 from hf_chainattn.masks import AttentionMask
 from hf_chainattn.solvers import System, solve
 from hf_chainattn.tiles import Tiles
@@ -200,6 +200,7 @@ def full_backward(
     kept: bool,
     scale: float,
     softcap: float | None,
+    with_gamma: bool,
     bias: Tensor | None,
     tolerance: float | None,
     on_inexact: str,
@@ -222,6 +223,7 @@ def full_backward(
         kept: As given forward.
         scale: As given forward.
         softcap: As given forward.
+        with_gamma: Whether the gradient of gamma is wanted.
         bias: The additive mask, if its gradient is wanted.
         tolerance: Of the solve, as forward.
         on_inexact: Likewise.
@@ -236,7 +238,7 @@ def full_backward(
     everything = slice(0, tokens)
     # of key and value for every query head; those that share one are added at the end
     d_query, d_key, d_value = (like.new_empty(like.shape) for like in (query, query, mixed))
-    d_gamma = gamma.new_empty(batch, heads)
+    d_gamma = gamma.new_empty(batch, heads) if with_gamma else None
     d_bias = None if bias is None else query.new_zeros(bias.shape)
     for part in _parts(query, key.shape[1]):
         here = part.rows, part.heads
@@ -252,8 +254,9 @@ def full_backward(
             # the U of unseen tokens was read off, not solved for
             arriving += hop * torch.bmm(off.mT, arriving.masked_fill(~unseen, 0.0))
         x, _ = solve(system, arriving, adjoint=True, tolerance=tolerance, on_inexact=on_inexact)
-        walked = torch.addcmul(read, own, values) if kept else read
-        d_gamma[here] = (x * (walked - part.of_groups(value).flatten(0, 1))).sum((1, 2)).view(part.shape)
+        if d_gamma is not None:
+            walked = torch.addcmul(read, own, values) if kept else read
+            d_gamma[here] = d_gamma_of(x, walked, part.of_groups(value).flatten(0, 1)).view(part.shape)
         d_value[here] = (halt * x).unflatten(0, part.shape)
         d_logits = _d_logits(off, own, off_mass, torch.addcmul(upstream, x, hop), upstream, values, read, kept=kept)
         if d_bias is not None:
@@ -271,7 +274,7 @@ def full_backward(
         query=d_query,
         key=d_key.view(*by_group, key.shape[-1]).sum(2),
         value=d_value.view(*by_group, value.shape[-1]).sum(2),
-        gamma=d_gamma.sum(0),
+        gamma=None if d_gamma is None else d_gamma.sum(0),
         bias=d_bias,
     )
 

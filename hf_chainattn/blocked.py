@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_chainattn.block import attend, pivots, solve_rows_, triangular_system
 from hf_chainattn.masks import AttentionMask
 from hf_chainattn.tiles import Tiles
 
-# up to _SINGLE tokens one block is fastest, from _LONG on the wide one; see python -m benchmarks.run chain
-_SINGLE, _BLOCK, _WIDE_BLOCK, _LONG = 128, 64, 128, 2048
+# from _LONG tokens on the wide one is faster; see python -m benchmarks.run chain
+_BLOCK, _WIDE_BLOCK, _LONG = 64, 128, 2048
 # rows that read everything before them in one call
 _SPAN = 512
 
@@ -38,8 +39,6 @@ class Saved(NamedTuple):
 
 def block_of(mask: AttentionMask) -> int:
     """Return how many rows are solved together. With a window, wide blocks would compute much that is hidden."""
-    if mask.tokens <= _SINGLE:
-        return _SINGLE
     return _BLOCK if mask.tokens < _LONG or mask.local else _WIDE_BLOCK
 
 
@@ -120,7 +119,7 @@ def _solve_block(
     """
     if earlier is not None:
         earlier_read, earlier_sum = (part[:, rows.start - first : rows.stop - first] for part in earlier)
-    weights, own, off, share, log_sum = _attend(tiles, rows, first, None if earlier is None else earlier_sum)
+    weights, own, off, share, log_sum = attend(tiles, rows, first, None if earlier is None else earlier_sum)
     inside = weights[..., rows.start - first :]
     read = _buffer(tiles, "read", saved.off_read[:, rows])
     if rows.start > first:
@@ -131,59 +130,13 @@ def _solve_block(
         read.addcmul_(earlier_read, share)
     mixed = _buffer(tiles, "mixed", saved.mixed[:, rows])
     torch.addcmul(saved.mixed[:, rows], read, hop, out=mixed)
-    system = torch.mul(inside, -hop, out=tiles.space.take("system", *inside.shape))
-    # 1 - gamma * own as a sum of positive terms: nothing cancels as gamma nears 1
-    pivot = torch.addcmul(halt, off, hop) if kept else torch.ones_like(own)
-    if not tiles.mask.plain:
-        pivot.masked_fill_(own + off == 0, 1.0)
-    system.diagonal(dim1=-2, dim2=-1).copy_(pivot.squeeze(-1))
-    # transposed, the rows of U lie as the kernel wants them: half the time of the direct call
-    torch.linalg.solve_triangular(system.mT, mixed.mT, upper=True, left=False, out=mixed.mT)
+    pivot = pivots(own, off, hop, halt, kept=kept, plain=tiles.mask.plain)
+    system = triangular_system(inside, pivot, hop, out=tiles.space.take("system", *inside.shape))
+    solve_rows_(system, mixed)
     read.baddbmm_(inside, mixed)
     torch.addcmul(read, own, mixed, out=saved.output[:, rows])
     for result, target in zip((mixed, read, log_sum, off), saved[1:], strict=True):
         target[:, rows] = result
-
-
-def _attend(
-    tiles: Tiles, rows: slice, first: int, earlier_sum: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Return the attention of some rows to the keys from ``first`` on, and its sums.
-
-    Args:
-        tiles: The attention matrix.
-        rows: Which rows.
-        first: The first key.
-        earlier_sum: Log in base 2 of the sum of exponentials over the keys before ``first``, ``[N, rows, 1]``.
-
-    Returns:
-        The weights ``[N, rows, rows.stop - first]`` without those of a token to itself; those; the weight of all other
-        keys in sum; that of the keys before ``first``, ``None`` if there are none; and the log in base 2 of the sum of
-        exponentials, ``inf`` if the row sees nothing. The last four are ``[N, rows, 1]``.
-    """
-    logits = tiles.logits(rows, slice(first, rows.stop))
-    peak = logits.amax(-1, keepdim=True)
-    if earlier_sum is not None:
-        peak = torch.maximum(peak, earlier_sum)
-    if not tiles.mask.plain:
-        # a row that sees nothing holds only -inf
-        peak.clamp_(min=torch.finfo(peak.dtype).min)
-    weights = logits.sub_(peak).exp2_()
-    diagonal = weights[..., rows.start - first :].diagonal(dim1=-2, dim2=-1)
-    own = diagonal.unsqueeze(-1).clone()
-    diagonal.zero_()
-    off, share = weights.sum(-1, keepdim=True), None
-    if earlier_sum is not None:
-        share = (earlier_sum - peak).exp2_()
-        off += share
-    total = off + own
-    log_sum = peak.add_(total.log2())
-    if not tiles.mask.plain:
-        empty = total == 0
-        log_sum.masked_fill_(empty, torch.inf)
-        total.masked_fill_(empty, 1.0)
-    weights.div_(total)
-    return weights, own.div_(total), off.div_(total), None if share is None else share.div_(total), log_sum
 
 
 def _buffer(tiles: Tiles, name: str, target: Tensor) -> Tensor:

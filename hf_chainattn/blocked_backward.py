@@ -9,21 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_chainattn.block import pivots, solve_columns_, through_softmax, triangular_system
 from hf_chainattn.blocked import block_of
 from hf_chainattn.masks import AttentionMask
 from hf_chainattn.tiles import Tiles
 
 # rows below a block are taken so many at a time
-_TILE = 1024
+_TILE = 512
 
 
 class Gradients(NamedTuple):
-    """Gradients of the arguments, each in the shape of its argument; ``bias`` is ``None`` if not asked for."""
+    """Gradients, each in the shape of its argument; of gamma and bias ``None`` if not asked for."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    gamma: Tensor
+    gamma: Tensor | None
     bias: Tensor | None
 
 
@@ -47,7 +48,7 @@ class _Sweep(NamedTuple):
     delta: Tensor
     d_query: Tensor
     d_key: Tensor
-    d_gamma: Tensor
+    d_gamma: Tensor | None
     d_bias: Tensor | None
 
 
@@ -68,6 +69,7 @@ def blocked_backward(
     kept: bool,
     scale: float,
     softcap: float | None,
+    with_gamma: bool,
     bias: Tensor | None,
 ) -> Gradients:
     """Return the gradients of ``blocked_forward``.
@@ -88,6 +90,7 @@ def blocked_backward(
         kept: As given forward.
         scale: As given forward.
         softcap: As given forward.
+        with_gamma: Whether the gradient of gamma is wanted.
         bias: The additive mask, if its gradient is wanted.
 
     Returns:
@@ -113,7 +116,7 @@ def blocked_backward(
         delta=query.new_empty(batch * heads, tokens, 1),
         d_query=query.new_zeros(tiles.query.shape),
         d_key=query.new_empty(tiles.query.shape),
-        d_gamma=query.new_zeros(batch * heads),
+        d_gamma=query.new_zeros(batch * heads) if with_gamma else None,
         d_bias=None if bias is None else query.new_zeros(bias.shape),
     )
     block = block_of(mask)
@@ -124,16 +127,28 @@ def blocked_backward(
         _take_block(sweep, columns)
     return Gradients(
         query=sweep.d_query.view(query.shape),
-        key=_over_group(sweep.d_key, tiles.repeats).view(key.shape),
-        value=_over_group(sweep.x.mul_(sweep.halt), tiles.repeats).view(value.shape),
-        gamma=sweep.d_gamma.view(batch, heads).sum(0),
+        key=over_group(sweep.d_key, tiles.repeats).view(key.shape),
+        value=over_group(sweep.x.mul_(sweep.halt), tiles.repeats).view(value.shape),
+        gamma=None if sweep.d_gamma is None else sweep.d_gamma.view(batch, heads).sum(0),
         bias=sweep.d_bias,
     )
 
 
-def _over_group(gradient: Tensor, repeats: int) -> Tensor:
+def over_group(gradient: Tensor, repeats: int) -> Tensor:
     """Return the sum over the query heads that share a key head, without a copy if each has its own."""
     return gradient if repeats == 1 else gradient.unflatten(0, (-1, repeats)).sum(1)
+
+
+def d_gamma_of(x: Tensor, walked: Tensor, value: Tensor) -> Tensor:
+    """Return ``<x, A_c U - V>`` of every query head, ``[N]``.
+
+    Args:
+        x: ``[N, rows, E]``.
+        walked: ``A_c U``, ``[N, rows, E]``.
+        value: ``[B * G, rows, E]``, not repeated for the query heads that share it.
+    """
+    by_group = (len(value), -1)
+    return (x * (walked.unflatten(0, by_group) - value.unsqueeze(1)).flatten(0, 1)).sum((1, 2))
 
 
 def _take_block(sweep: _Sweep, columns: slice) -> None:
@@ -164,31 +179,30 @@ def _solve_transposed(sweep: _Sweep, rows: slice, arriving: Tensor, key: Tensor,
         key: The keys of these rows, ``[N, rows, D]``.
         d_key: Their gradient, to be added to.
     """
-    weights, slope = sweep.tiles.weights(rows, rows, sweep.log_sum)
-    own = weights.diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clone()
+    tiles, plain = sweep.tiles, sweep.tiles.mask.plain
+    weights, slope = tiles.weights(rows, rows, sweep.log_sum)
+    own = weights.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     d_output, mixed, off_read = sweep.d_output[:, rows], sweep.mixed[:, rows], sweep.off_read[:, rows]
-    off_mass, hop = sweep.off_mass[:, rows], sweep.hop
-    system = torch.mul(weights, -hop, out=sweep.tiles.space.take("system", *weights.shape))
-    pivot = torch.ones_like(own)
-    if sweep.kept:
-        pivot = torch.where(own + off_mass > 0, sweep.halt + hop * off_mass, pivot)
-    system.diagonal(dim1=-2, dim2=-1).copy_(pivot.squeeze(-1))
-    arriving.baddbmm_(weights.mT, d_output)
-    # transposed as in the forward pass
-    x = torch.linalg.solve_triangular(system, arriving.mT, upper=False, left=False, out=arriving.mT).mT
-    z = torch.addcmul(d_output, x, hop)
-    # the cotangent of a weight is z u, that of the diagonal weight of the second convention dY u
-    own_cotangent = ((z if sweep.kept else d_output) * mixed).sum(-1, keepdim=True)
-    from_others = (z * off_read).sum(-1, keepdim=True)
-    delta = torch.addcmul(from_others, own, own_cotangent)
-    d_logits = sweep.tiles.space.take("cotangents", *weights.shape)
-    torch.bmm(z, mixed.mT, out=d_logits).sub_(delta).mul_(weights)
-    # own_cotangent - delta with 1 - own replaced by the mass of the others, which does not cancel
-    d_own = own * (off_mass * own_cotangent - from_others)
-    d_logits.diagonal(dim1=-2, dim2=-1).copy_(d_own.squeeze(-1))
+    off_mass = sweep.off_mass[:, rows]
+    pivot = pivots(own, off_mass, sweep.hop, sweep.halt, kept=sweep.kept, plain=plain)
+    system = triangular_system(weights, pivot, sweep.hop, out=tiles.space.take("system", *weights.shape))
+    x = arriving.baddbmm_(weights.mT, d_output)
+    solve_columns_(system, x)
+    z = torch.addcmul(d_output, x, sweep.hop)
+    d_logits, delta = through_softmax(
+        weights,
+        off_mass,
+        z,
+        d_output,
+        mixed,
+        off_read,
+        kept=sweep.kept,
+        out=tiles.space.take("cotangents", *weights.shape),
+    )
     _spread(sweep, rows, rows, d_logits, slope, key, d_key)
-    walked = torch.addcmul(off_read, own, mixed) if sweep.kept else off_read
-    sweep.d_gamma.add_((x * _minus_value(walked, sweep, rows)).sum((1, 2)))
+    if sweep.d_gamma is not None:
+        walked = torch.addcmul(off_read, own, mixed) if sweep.kept else off_read
+        sweep.d_gamma.add_(d_gamma_of(x, walked, sweep.value[:, rows]))
     sweep.x[:, rows], sweep.z[:, rows], sweep.delta[:, rows] = x, z, delta
 
 
@@ -202,12 +216,7 @@ def _spread(
         part.add_(d_logits.unflatten(0, (-1, tiles.heads)).sum_to_size(part.shape))
     if slope is not None:
         d_logits.mul_(slope)
-    sweep.d_query[:, rows].baddbmm_(d_logits, key, alpha=tiles.scale)
+    # a product into rows of a larger tensor would be done head by head
+    product = torch.bmm(d_logits, key, out=tiles.space.take("product", *d_logits.shape[:2], key.shape[-1]))
+    sweep.d_query[:, rows].add_(product, alpha=tiles.scale)
     d_key.baddbmm_(d_logits.mT, tiles.query[:, rows], alpha=tiles.scale)
-
-
-def _minus_value(walked: Tensor, sweep: _Sweep, rows: slice) -> Tensor:
-    """Return ``walked - V`` without repeating the values of grouped heads, ``[N, rows, E]``."""
-    repeats = sweep.tiles.repeats
-    value = sweep.value[:, rows]
-    return (walked.unflatten(0, (-1, repeats)) - value.unsqueeze(1)).flatten(0, 1)

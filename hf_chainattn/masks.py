@@ -179,12 +179,15 @@ class AttentionMask:
         return self._bands[form]
 
     def _new_band(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
-        queries, keys = (torch.arange(part.start, part.stop, device=logits.device) for part in (rows, columns))
-        distance = queries[:, None] - keys
-        hidden = distance < 0 if self.causal else torch.zeros_like(distance, dtype=torch.bool)
+        # entry [i, j] belongs to a query that is i - j + offset places after its key
+        size, offset = (rows.stop - rows.start, columns.stop - columns.start), rows.start - columns.start
+        reach = 1 if self.causal else self.window
+        hidden = logits.new_zeros(size)
+        if reach is not None:
+            hidden = logits.new_full(size, -torch.inf).triu_(offset + reach)
         if self.window is not None:
-            hidden = hidden | (distance.abs() >= self.window)
-        return logits.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            hidden += logits.new_full(size, -torch.inf).tril_(offset - self.window)
+        return hidden
 
     @staticmethod
     def tile_of(full: Tensor, rows: slice, columns: slice) -> Tensor:

@@ -15,6 +15,7 @@ from hf_chainattn.bidirectional import full_backward, full_forward
 from hf_chainattn.blocked import Saved, blocked_forward
 from hf_chainattn.blocked_backward import Gradients, blocked_backward
 from hf_chainattn.masks import AttentionMask
+from hf_chainattn.single import SHORT, single_backward, single_forward
 
 
 @torch.library.custom_op("hf_chainattn::chain_attention", mutates_args=())
@@ -59,7 +60,7 @@ def chain_attention_operator(
     mask = AttentionMask(attn_mask, key_padding_mask, segment_ids, window, is_causal=is_causal, tokens=query.shape[2])
     if must_block and not mask.triangular:
         raise ValueError("impl='blocked' needs a mask in which no token sees a later one: use impl='auto' or 'dense'.")
-    forward: Callable[..., Saved] = blocked_forward
+    forward: Callable[..., Saved] = single_forward if mask.tokens <= SHORT else blocked_forward
     if not mask.triangular:
         forward = functools.partial(full_forward, tolerance=tolerance, on_inexact=on_inexact)
     with torch.autocast(query.device.type, enabled=False):
@@ -99,11 +100,12 @@ def _backward_operator(
     must_block: bool,
     tolerance: float | None,
     on_inexact: str,
+    with_gamma: bool,
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value, gamma and additive mask, the last one empty if not asked for."""
+    """Return the gradients of query, key, value, gamma and additive mask, the last two empty if not asked for."""
     mask = AttentionMask(attn_mask, key_padding_mask, segment_ids, window, is_causal=is_causal, tokens=query.shape[2])
-    backward: Callable[..., Gradients] = blocked_backward
+    backward: Callable[..., Gradients] = single_backward if mask.tokens <= SHORT else blocked_backward
     if not mask.triangular:
         backward = functools.partial(full_backward, tolerance=tolerance, on_inexact=on_inexact)
     dtype = gamma.dtype
@@ -122,6 +124,7 @@ def _backward_operator(
             kept=kept,
             scale=scale,
             softcap=softcap,
+            with_gamma=with_gamma,
             bias=attn_mask if with_bias else None,
         )
     bias = gamma.new_empty(0) if gradients.bias is None or attn_mask is None else gradients.bias.to(attn_mask.dtype)
@@ -129,7 +132,7 @@ def _backward_operator(
         gradients.query.to(query.dtype),
         gradients.key.to(key.dtype),
         gradients.value.to(value.dtype),
-        gradients.gamma,
+        gamma.new_empty(0) if gradients.gamma is None else gradients.gamma,
         bias,
     )
 
@@ -156,8 +159,11 @@ def _(
     attn_mask: Tensor | None,
     *others: Any,
 ) -> tuple[Tensor, ...]:
-    bias = attn_mask if others[-1] and attn_mask is not None else gamma.new_empty(0)
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value, gamma, bias))
+    *_, with_gamma, with_bias = others
+    nothing = gamma.new_empty(0)
+    bias = attn_mask if with_bias and attn_mask is not None else nothing
+    given = (query, key, value, gamma if with_gamma else nothing, bias)
+    return tuple(tensor.new_empty(tensor.shape) for tensor in given)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
@@ -167,9 +173,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, d_output: Tensor | None, d_mixed: Tensor | None, *others: Any) -> tuple[Any, ...]:  # noqa: ANN401
-    with_bias = ctx.needs_input_grad[5]
-    *gradients, bias = _backward_operator(d_output, d_mixed, *ctx.saved_tensors, *ctx.settings, with_bias)
-    return *gradients, None, bias if with_bias else None, *(None,) * 10
+    _, _, _, with_gamma, _, with_bias, *_ = ctx.needs_input_grad
+    *gradients, gamma, bias = _backward_operator(
+        d_output, d_mixed, *ctx.saved_tensors, *ctx.settings, with_gamma, with_bias
+    )
+    return *gradients, gamma if with_gamma else None, None, bias if with_bias else None, *(None,) * 10
 
 
 def no_second_derivative(ctx: Any, *cotangents: Any) -> None:  # noqa: ANN401
@@ -180,4 +188,26 @@ def no_second_derivative(ctx: Any, *cotangents: Any) -> None:  # noqa: ANN401
 
 
 chain_attention_operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+def differentiable(*arguments: Any) -> Any:  # noqa: ANN401  as the operator
+    """Return what the operator returns, by a shorter way to the same derivative where nothing is compiled."""
+    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return (_Eager.apply if eager else chain_attention_operator)(*arguments)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator with its derivative; what ``register_autograd`` makes of them takes 0.2 ms to look up defaults."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+        output: tuple[Tensor, ...] = chain_attention_operator(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        return _backward(ctx, *cotangents)
+
+
 _backward_operator.register_autograd(no_second_derivative)

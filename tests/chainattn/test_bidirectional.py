@@ -91,7 +91,9 @@ class Case:
 
     def backward(self, saved, d_output, d_mixed=None, **settings):
         arguments = (*self.tensors, self.gamma, 1 - self.gamma, self.mask, *saved[1:])
-        return full_backward(d_output, d_mixed, *arguments, bias=self.bias, **(self.settings | settings))
+        return full_backward(
+            d_output, d_mixed, *arguments, with_gamma=True, bias=self.bias, **(self.settings | settings)
+        )
 
     def oracle(self):
         """Return the output of the reference, and what it can be differentiated by."""

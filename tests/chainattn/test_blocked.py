@@ -1,6 +1,8 @@
 """The blocked operator against the oracle: every mask, convention, width and precision, forward and backward."""
 
+import contextlib
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -9,9 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_chainattn import chain_attention, chain_attention_reference, tiles
-from hf_chainattn.blocked import blocked_forward
-from hf_chainattn.blocked_backward import blocked_backward
+from hf_chainattn import blocked, blocked_backward, chain_attention, chain_attention_reference, operator, tiles
 from hf_chainattn.masks import AttentionMask
 
 GAMMAS = [0.0, 0.5, 0.9, 0.99, 0.999]
@@ -206,9 +206,24 @@ def test_half_precision_costs_one_rounding_of_the_output(gamma, diagonal, dtype)
         assert relative(ours, best) <= 1.001 * relative(best.to(dtype), best) + rest
 
 
+@contextlib.contextmanager
+def blocks_of(rows):
+    """Let no sequence be short, and take it in blocks of so many rows; ``None``: as ever."""
+    if rows is None:
+        yield
+        return
+    with (
+        mock.patch.object(operator, "SHORT", 0),
+        mock.patch.object(blocked, "block_of", return_value=rows),
+        mock.patch.object(blocked_backward, "block_of", return_value=rows),
+    ):
+        yield
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("diagonal", ["kept", "removed"])
-def test_gradcheck(diagonal, softcap):
+@pytest.mark.parametrize("rows", [None, 3], ids=["one block", "three blocks"])
+def test_gradcheck(rows, diagonal, softcap):
     """Oracle: finite differences in query, key, value, gamma and bias, with the output and U both used."""
     torch.manual_seed(0)
     query, key, value = draw(7, key_heads=2, batch=1, width=3, value_width=2)
@@ -225,7 +240,8 @@ def test_gradcheck(diagonal, softcap):
             query, key, value, gamma=gamma, diagonal=diagonal, attn_mask=mask, softcap=softcap, return_u=True
         )
 
-    assert torch.autograd.gradcheck(function, leaves)
+    with blocks_of(rows):
+        assert torch.autograd.gradcheck(function, leaves)
 
 
 @given(
@@ -237,12 +253,13 @@ def test_gradcheck(diagonal, softcap):
     window=st.none() | st.integers(1, 150),
     segments=st.integers(1, 4),
     padding=st.integers(0, 20),
+    block=st.sampled_from([None, 5, 32, 48]),
     seed=st.integers(0, 2**31),
 )
 def test_any_mix_of_masks_equals_the_oracle(
-    tokens, gamma, diagonal, key_heads, density, window, segments, padding, seed
+    tokens, gamma, diagonal, key_heads, density, window, segments, padding, block, seed
 ):
-    """Oracle: the reference under the masks intersected by hand; gradients are finite everywhere."""
+    """Oracle: autograd of the reference under the masks intersected by hand."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
     mask = (torch.rand(2, 1, tokens, tokens, generator=generator) < density) & (columns <= rows)
@@ -253,11 +270,13 @@ def test_any_mix_of_masks_equals_the_oracle(
         visible = visible & (rows - columns < window)
     leaves = [tensor.requires_grad_() for tensor in draw(tokens, key_heads=key_heads, seed=seed)]
     arguments = {"attn_mask": mask, "segment_ids": ids, "key_padding_mask": real, "window": window}
-    output = chain_attention(*leaves, gamma=gamma, diagonal=diagonal, **arguments)
+    with blocks_of(block):
+        output = chain_attention(*leaves, gamma=gamma, diagonal=diagonal, **arguments)
+        gradients = torch.autograd.grad(output.square().sum(), leaves)
     expected = oracle(*leaves, gamma=gamma, diagonal=diagonal, mask=visible)
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-12)
-    for gradient in torch.autograd.grad(output.square().sum(), leaves):
-        assert gradient.isfinite().all()
+    for gradient, best in zip(gradients, torch.autograd.grad(expected.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(gradient, best, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["causal", "left padding", "window", "a row that sees nothing", "packed"])
@@ -343,9 +362,11 @@ def test_no_piece_of_memory_grows_with_the_square_of_the_tokens(kind):
         settings = {"kept": True, "scale": 1.0, "softcap": None if kind == "nothing" else 5.0}
         with Largest() as largest:
             mask = AttentionMask(**given, is_causal=True, tokens=tokens)
-            saved = blocked_forward(query, key, value, gamma, halting, mask, **settings)
+            saved = blocked.blocked_forward(query, key, value, gamma, halting, mask, **settings)
             record = (gamma, halting, mask, *saved[1:])
-            blocked_backward(saved.output, saved.mixed, query, key, value, *record, **settings, bias=None)
+            blocked_backward.blocked_backward(
+                saved.output, saved.mixed, query, key, value, *record, **settings, with_gamma=True, bias=None
+            )
         sizes.append(largest.bytes)
     # blocks are twice as wide from 2048 tokens on
     assert sizes[1] <= 8.1 * sizes[0]

@@ -51,16 +51,18 @@ def test_one_graph_gives_the_same_values_and_gradients(case):
         torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_operators_return_the_strides_that_they_promise():
+@pytest.mark.parametrize("tokens", [70, 150])
+def test_operators_return_the_strides_that_they_promise(tokens):
     """Oracle: the fake operators. A bias looked up in a table is often transposed, and inductor relies on strides."""
-    query, key, value = draw(requires_grad=False)
-    bias = torch.randn(70, 70, 4).permute(2, 0, 1)
+    query, key, value = draw(tokens, requires_grad=False)
+    bias = torch.randn(tokens, tokens, 4).permute(2, 0, 1)
     gamma = torch.full((4,), 0.9)
     masks, settings = (None, None), (True, 0.3, None, False, None, "raise")
     output, *record = chain_attention_operator(
         query, key, value, gamma, 1 - gamma, bias, *masks, None, True, *settings
     )
-    backward = (output, None, query, key, value, gamma, 1 - gamma, bias, *masks, *record, None, True, *settings, True)
+    given = (query, key, value, gamma, 1 - gamma, bias, *masks)
+    backward = (output, None, *given, *record, None, True, *settings, True, True)
     seed = draw_seed(None)
     dropped = (output, query, key, record[0], record[2], bias, *masks, seed, None, True, 0.3, None, 0.2, True)
     for operator, arguments in ((_backward_operator, backward), (dropout_backward, dropped)):
@@ -133,13 +135,13 @@ def test_export_keeps_the_operator():
     torch.testing.assert_close(program.module()(*other, padding), Layer()(*other, padding))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_operators_are_registered_soundly(causal):
+@pytest.mark.parametrize(("causal", "tokens"), [(True, 20), (True, 140), (False, 20)])
+def test_operators_are_registered_soundly(causal, tokens):
     """Oracle: torch.library.opcheck: schema, fake shapes, autograd registration, dynamic shapes."""
-    query, key, value = draw(20)
+    query, key, value = draw(tokens)
     gamma = torch.full((4,), 0.9, requires_grad=True)
-    bias = torch.randn(4, 1, 20, requires_grad=True)
-    masks = (bias, torch.ones(2, 20).bool(), None, None, causal)
+    bias = torch.randn(4, 1, tokens, requires_grad=True)
+    masks = (bias, torch.ones(2, tokens).bool(), None, None, causal)
     settings = (0.3, None)
     arguments = (query, key, value, gamma, 1 - gamma.detach(), *masks, True, *settings, False, None, "raise")
     torch.library.opcheck(chain_attention_operator, arguments)
@@ -147,7 +149,7 @@ def test_operators_are_registered_soundly(causal):
         output, *record = chain_attention_operator(*arguments)
     inputs = [tensor.detach() for tensor in arguments[:5]]
     given = (masks[0].detach(), *masks[1:3])
-    backward = (output, None, *inputs, *given, *record, *masks[3:], True, *settings, False, None, "raise", True)
+    backward = (output, None, *inputs, *given, *record, *masks[3:], True, *settings, False, None, "raise", True, True)
     # the backward has no derivative, which its registration says
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(_backward_operator, backward, test_utils=checks)
