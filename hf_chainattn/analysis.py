@@ -11,6 +11,7 @@ from hf_chainattn.config import check_diagonal
 from hf_chainattn.dense import attention_matrix, system_matrix
 from hf_chainattn.linalg import solve
 from hf_chainattn.masks import AttentionMask, check_masks
+from hf_chainattn.precision import without_autocast
 
 
 @torch.no_grad()
@@ -142,7 +143,7 @@ def hop_distribution(
     on_diagonal = torch.eye(attention.shape[-1], dtype=torch.bool, device=attention.device)
     elsewhere = attention.masked_fill(on_diagonal, 0.0)
     masses = _masses_kept if diagonal == "kept" else _masses_removed
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         return torch.cat(masses(own, elsewhere, hop, halting, max_moves), -1)
 
 
@@ -187,7 +188,7 @@ def _attention(
     check_masks(attn_mask, None, None, None, batch=batch, heads=heads, tokens=tokens)
     mask = AttentionMask(attn_mask, is_causal=is_causal, tokens=tokens)
     hop, halting = (part.view(-1, 1, 1) for part in gamma_and_halting(gamma, query, key, key))
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         attention = attention_matrix(
             query.to(hop.dtype),
             key.to(hop.dtype).repeat_interleave(heads // key.shape[1], 1),

@@ -13,6 +13,7 @@ from hf_chainattn.dense import dense_chain_attention
 from hf_chainattn.dropout import draw_seed, read_out_with_dropout
 from hf_chainattn.masks import AttentionMask, check_masks
 from hf_chainattn.operator import differentiable
+from hf_chainattn.precision import without_autocast
 from hf_chainattn.reference import chain_attention_reference
 
 Implementation = Literal["auto", "blocked", "dense", "reference"]
@@ -127,8 +128,7 @@ def chain_attention(
     else:
         mask = AttentionMask(*masks, is_causal=is_causal, tokens=tokens)
         groups = heads // key.shape[1]
-        # casting alone would not do: an outer autocast would take the products back to half precision
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             query = query.to(hop.dtype)
             full_key, full_value = (part.to(hop.dtype).repeat_interleave(groups, 1) for part in (key, value))
             if impl == "reference":

@@ -8,6 +8,7 @@ from hf_chainattn.config import check_diagonal
 from hf_chainattn.dense import softmax
 from hf_chainattn.linalg import solve
 from hf_chainattn.masks import hidden_by
+from hf_chainattn.precision import without_autocast
 
 
 def chain_decode_step(
@@ -85,8 +86,7 @@ def chain_decode_step(
     _check_mask(attn_mask, query, past_key.shape[2])
     hop, halting = (part.view(-1, 1, 1) for part in gamma_and_halting(gamma, query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    # casting alone would not do: an outer autocast would take the products back to half precision
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         work = [tensor.to(hop.dtype) for tensor in (query, key, value, past_key, past_u)]
         work[0] = work[0] * scale
         logits = torch.cat([_products(work[0], work[3]), _products(work[0], work[1])], -1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_chainattn.masks import AttentionMask
 from hf_chainattn.operator import no_second_derivative
+from hf_chainattn.precision import without_autocast
 from hf_chainattn.tiles import Tiles
 
 # query rows at a time
@@ -59,7 +60,7 @@ def read_out_with_dropout(
     """
     mask = AttentionMask(attn_mask, key_padding_mask, segment_ids, window, is_causal=is_causal, tokens=query.shape[2])
     output = torch.empty_like(mixed)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         tiles = Tiles(query.to(mixed.dtype), key.to(mixed.dtype), mask, scale=scale, softcap=softcap)
         values, sums, target = (tensor.flatten(0, 1) for tensor in (mixed, log_sum, output))
         for rows, columns in _panels(mask):
@@ -90,7 +91,7 @@ def _backward_operator(
     """Return the gradients of query, key, ``U`` and additive mask, the last one empty if not asked for."""
     mask = AttentionMask(attn_mask, key_padding_mask, segment_ids, window, is_causal=is_causal, tokens=query.shape[2])
     d_bias = mixed.new_zeros(attn_mask.shape if with_bias and attn_mask is not None else 0)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         tiles = Tiles(query.to(mixed.dtype), key.to(mixed.dtype), mask, scale=scale, softcap=softcap)
         values, sums, upstream = (tensor.flatten(0, 1) for tensor in (mixed, log_sum, d_output.to(mixed.dtype)))
         d_mixed, d_query = torch.zeros_like(values), torch.zeros_like(tiles.query)

@@ -181,13 +181,11 @@ class AttentionMask:
     def _new_band(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
         # entry [i, j] belongs to a query that is i - j + offset places after its key
         size, offset = (rows.stop - rows.start, columns.stop - columns.start), rows.start - columns.start
-        reach = 1 if self.causal else self.window
-        hidden = logits.new_zeros(size)
-        if reach is not None:
-            hidden = logits.new_full(size, -torch.inf).triu_(offset + reach)
-        if self.window is not None:
-            hidden += logits.new_full(size, -torch.inf).tril_(offset - self.window)
-        return hidden
+        everywhere = logits.new_full(size, -torch.inf)
+        if self.window is None:
+            return everywhere.triu_(offset + 1)
+        later = everywhere.triu(offset + (1 if self.causal else self.window))
+        return later.add_(everywhere.tril_(offset - self.window))
 
     @staticmethod
     def tile_of(full: Tensor, rows: slice, columns: slice) -> Tensor:

@@ -15,6 +15,7 @@ from hf_chainattn.bidirectional import full_backward, full_forward
 from hf_chainattn.blocked import Saved, blocked_forward
 from hf_chainattn.blocked_backward import Gradients, blocked_backward
 from hf_chainattn.masks import AttentionMask
+from hf_chainattn.precision import without_autocast
 from hf_chainattn.single import SHORT, single_backward, single_forward
 
 
@@ -63,7 +64,7 @@ def chain_attention_operator(
     forward: Callable[..., Saved] = single_forward if mask.tokens <= SHORT else blocked_forward
     if not mask.triangular:
         forward = functools.partial(full_forward, tolerance=tolerance, on_inexact=on_inexact)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         saved = forward(
             *(tensor.to(gamma.dtype) for tensor in (query, key, value)),
             gamma,
@@ -109,7 +110,7 @@ def _backward_operator(
     if not mask.triangular:
         backward = functools.partial(full_backward, tolerance=tolerance, on_inexact=on_inexact)
     dtype = gamma.dtype
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         gradients = backward(
             torch.zeros_like(mixed) if d_output is None else d_output.to(dtype),
             None if d_mixed is None else d_mixed.to(dtype),
