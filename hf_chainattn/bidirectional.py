@@ -4,7 +4,6 @@ A token that nobody sees cannot change the others. It leaves the system, and its
 rest, so that what stands in padding is not felt in a single bit.
 """
 
-import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -48,22 +47,6 @@ class _Heads(NamedTuple):
     def of_numbers(self, numbers: Tensor) -> Tensor:
         """Return the part of ``[H]`` as ``[N, 1, 1]``."""
         return numbers[self.heads].repeat(self.shape[0]).view(-1, 1, 1)
-
-    def of_mask(self, mask: AttentionMask) -> AttentionMask:
-        """Return the mask of these heads; nothing is read in again."""
-        part = copy.copy(mask)
-        if mask.attn_mask is not None:
-            part.attn_mask = self.of_broadcast(mask.attn_mask)
-        for name in ("key_padding_mask", "segment_ids"):
-            source = getattr(mask, name)
-            if source is not None and len(source) > 1:
-                setattr(part, name, source[self.rows])
-        return part
-
-    def of_broadcast(self, tensor: Tensor) -> Tensor:
-        """Return the part of ``[1 or B, 1 or H, ...]``, a view with at most as many dimensions of size 1."""
-        tensor = tensor if tensor.shape[0] == 1 else tensor[self.rows]
-        return tensor if tensor.shape[1] == 1 else tensor[:, self.heads]
 
 
 def _parts(query: Tensor, groups: int) -> Iterator[_Heads]:
@@ -116,7 +99,7 @@ def full_forward(
     saved = Saved(*(value.new_empty(*query.shape[:3], size) for size in (width, width, width, 1, 1)))
     for part in _parts(query, key.shape[1]):
         here = part.rows, part.heads
-        tiles = Tiles(query[here], part.of_groups(key), part.of_mask(mask), scale=scale, softcap=softcap)
+        tiles = Tiles(query[here], part.of_groups(key), mask.of(part.rows, part.heads), scale=scale, softcap=softcap)
         off, own, log_sum = _softmax(tiles)
         hop, halt = part.of_numbers(gamma), part.of_numbers(halting)
         system, unseen, off_mass = _system(off, own, hop, halt, kept=kept)
@@ -242,7 +225,7 @@ def full_backward(
     d_bias = None if bias is None else query.new_zeros(bias.shape)
     for part in _parts(query, key.shape[1]):
         here = part.rows, part.heads
-        tiles = Tiles(query[here], part.of_groups(key), part.of_mask(mask), scale=scale, softcap=softcap)
+        tiles = Tiles(query[here], part.of_groups(key), mask.of(part.rows, part.heads), scale=scale, softcap=softcap)
         off, slope = tiles.weights(everything, everything, part.of(log_sum))
         own, _ = _normalise_(off)
         hop, halt = part.of_numbers(gamma), part.of_numbers(halting)
@@ -260,7 +243,7 @@ def full_backward(
         d_value[here] = (halt * x).unflatten(0, part.shape)
         d_logits = _d_logits(off, own, off_mass, torch.addcmul(upstream, x, hop), upstream, values, read, kept=kept)
         if d_bias is not None:
-            target = part.of_broadcast(d_bias[(None,) * (4 - d_bias.ndim)])
+            target = mask.broadcast_of(d_bias[(None,) * (4 - d_bias.ndim)], part.rows, part.heads)
             target += d_logits.unflatten(0, part.shape).sum_to_size(target.shape)
         if slope is not None:
             d_logits *= slope

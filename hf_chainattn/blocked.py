@@ -4,6 +4,7 @@ Rows are taken in blocks from the top. What a block reads of earlier tokens is o
 ``U`` in the place of values; inside the block a small triangular system remains. README.md derives it.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from hf_chainattn.tiles import Tiles
 _BLOCK, _WIDE_BLOCK, _LONG = 64, 128, 2048
 # rows that read everything before them in one call
 _SPAN = 512
+# heads of all batch rows that are taken together
+_TOGETHER = 32
 
 
 class Saved(NamedTuple):
@@ -70,10 +73,25 @@ def blocked_forward(
     Returns:
         The output and its record. Time O(T^2 (D + E)), or O(T window (D + E)); memory O(T (D + E)).
     """
-    batch, heads, tokens, _ = query.shape
     width = value.shape[-1]
-    tiles = Tiles(query, key, mask, scale=scale, softcap=softcap)
-    record = Saved(*(value.new_empty(batch, heads, tokens, size) for size in (width, width, width, 1, 1)))
+    record = Saved(*(value.new_empty(*query.shape[:3], size) for size in (width, width, width, 1, 1)))
+    for rows in rows_together(query):
+        tiles = Tiles(query[rows], key[rows], mask.of(rows, slice(None)), scale=scale, softcap=softcap)
+        _fill(Saved(*(part[rows] for part in record)), tiles, value[rows], gamma, halting, kept)
+    return record
+
+
+def rows_together(query: Tensor) -> Iterator[slice]:
+    """Yield batch rows to be taken together: so many heads as keep the cores busy and their tiles in the caches."""
+    size = max(1, _TOGETHER // query.shape[1])
+    for start in range(0, len(query), size):
+        yield slice(start, start + size)
+
+
+def _fill(record: Saved, tiles: Tiles, value: Tensor, gamma: Tensor, halting: Tensor, kept: bool) -> None:
+    """Compute the record of some batch rows."""
+    mask = tiles.mask
+    batch, heads, tokens, width = record.output.shape
     saved = Saved(*(part.view(batch * heads, tokens, -1) for part in record))
     hop, halt = (part.expand(batch, heads).reshape(-1, 1, 1) for part in (gamma, halting))
     # a row of U begins as (1 - gamma) v; its block replaces it by the solution
@@ -91,7 +109,6 @@ def blocked_forward(
         if fuse and start == first > 0:
             earlier = tiles.fused_read(slice(start, min(start + _SPAN, tokens)), start, saved.mixed)
         _solve_block(tiles, saved, hop, halt, rows, first, earlier, kept)
-    return record
 
 
 def _solve_block(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_chainattn.block import pivots, solve_columns_, through_softmax, triangular_system
-from hf_chainattn.blocked import block_of
+from hf_chainattn.blocked import Saved, block_of, rows_together
 from hf_chainattn.masks import AttentionMask
 from hf_chainattn.tiles import Tiles
 
@@ -28,7 +28,7 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-class _Sweep(NamedTuple):
+class _State(NamedTuple):
     """What the sweep reads and writes. Tensors are ``[N, T, ...]`` with ``N = B * H``, the bias as it was given."""
 
     tiles: Tiles
@@ -96,42 +96,91 @@ def blocked_backward(
     Returns:
         Gradients in the dtype of the computation. Time and memory grow as those of the forward pass.
     """
-    batch, heads, tokens, width = d_output.shape
-    tiles = Tiles(query, key, mask, scale=scale, softcap=softcap)
+    result = Gradients(
+        query=query.new_zeros(query.shape),
+        key=key.new_empty(key.shape),
+        value=value.new_empty(value.shape),
+        gamma=torch.zeros_like(gamma) if with_gamma else None,
+        bias=None if bias is None else query.new_zeros(bias.shape),
+    )
+    everyone = slice(None)
+    for rows in rows_together(query):
+        d_bias = None
+        if result.bias is not None:
+            d_bias = mask.broadcast_of(result.bias[(None,) * (4 - result.bias.ndim)], rows, everyone)
+        _sweep(
+            Gradients(result.query[rows], result.key[rows], result.value[rows], result.gamma, d_bias),
+            Tiles(query[rows], key[rows], mask.of(rows, everyone), scale=scale, softcap=softcap),
+            value[rows],
+            gamma,
+            halting,
+            Saved(d_output[rows], mixed[rows], off_read[rows], log_sum[rows], off_mass[rows]),
+            None if d_mixed is None else d_mixed[rows],
+            kept,
+        )
+    return result
+
+
+def _sweep(
+    into: Gradients,
+    tiles: Tiles,
+    value: Tensor,
+    gamma: Tensor,
+    halting: Tensor,
+    given: Saved,
+    d_mixed: Tensor | None,
+    kept: bool,
+) -> None:
+    """Write the gradients of some batch rows; those of gamma and bias are added to.
+
+    Args:
+        into: Of these rows; the query's is 0.
+        tiles: Their attention matrix.
+        value: ``[b, G, T, E]``.
+        gamma: ``[H]``.
+        halting: ``[H]``.
+        given: The record, with the cotangent of the output in the place of the output.
+        d_mixed: Cotangent of ``U``.
+        kept: Whether the diagonal takes part in the walk.
+    """
+    batch, heads, tokens, width = given.output.shape
     flat = (batch * heads, tokens, -1)
-    sweep = _Sweep(
+    alone = tiles.repeats == 1
+    like = tiles.query
+    sweep = _State(
         tiles=tiles,
         hop=gamma.expand(batch, heads).reshape(-1, 1, 1),
         halt=halting.expand(batch, heads).reshape(-1, 1, 1),
         kept=kept,
         value=value.reshape(-1, tokens, width),
-        mixed=mixed.view(flat),
-        off_read=off_read.view(flat),
-        log_sum=log_sum.view(flat),
-        off_mass=off_mass.view(flat),
-        d_output=d_output.reshape(flat),
+        mixed=given.mixed.view(flat),
+        off_read=given.off_read.view(flat),
+        log_sum=given.log_sum.view(flat),
+        off_mass=given.off_mass.view(flat),
+        d_output=given.output.reshape(flat),
         d_mixed=None if d_mixed is None else d_mixed.reshape(flat),
-        x=query.new_empty(batch * heads, tokens, width),
-        z=query.new_empty(batch * heads, tokens, width),
-        delta=query.new_empty(batch * heads, tokens, 1),
-        d_query=query.new_zeros(tiles.query.shape),
-        d_key=query.new_empty(tiles.query.shape),
-        d_gamma=query.new_zeros(batch * heads) if with_gamma else None,
-        d_bias=None if bias is None else query.new_zeros(bias.shape),
+        # where every query head has its own key, at the place of the result
+        x=into.value.view(flat) if alone else like.new_empty(batch * heads, tokens, width),
+        z=like.new_empty(batch * heads, tokens, width),
+        delta=like.new_empty(batch * heads, tokens, 1),
+        d_query=into.query.view(flat),
+        d_key=into.key.view(flat) if alone else like.new_empty(like.shape),
+        d_gamma=None if into.gamma is None else like.new_zeros(batch * heads),
+        d_bias=into.bias,
     )
-    block = block_of(mask)
-    largest = (batch * heads, min(block, tokens), min(_TILE, tokens))
-    tiles.space.take("products", *largest), tiles.space.take("cotangents", *largest)
+    block = block_of(tiles.mask)
+    largest = (batch * heads, min(_TILE, tokens))
+    tiles.space.take("products", *largest, max(block, like.shape[-1]))
+    tiles.space.take("cotangents", *largest, block)
     for start in reversed(range(0, tokens, block)):
         columns = slice(start, min(start + block, tokens))
         _take_block(sweep, columns)
-    return Gradients(
-        query=sweep.d_query.view(query.shape),
-        key=over_group(sweep.d_key, tiles.repeats).view(key.shape),
-        value=over_group(sweep.x.mul_(sweep.halt), tiles.repeats).view(value.shape),
-        gamma=None if sweep.d_gamma is None else sweep.d_gamma.view(batch, heads).sum(0),
-        bias=sweep.d_bias,
-    )
+    sweep.x.mul_(sweep.halt)
+    if not alone:
+        for gathered, target in ((sweep.d_key, into.key), (sweep.x, into.value)):
+            target.copy_(over_group(gathered, tiles.repeats).view(target.shape))
+    if into.gamma is not None and sweep.d_gamma is not None:
+        into.gamma.add_(sweep.d_gamma.view(batch, heads).sum(0))
 
 
 def over_group(gradient: Tensor, repeats: int) -> Tensor:
@@ -151,7 +200,7 @@ def d_gamma_of(x: Tensor, walked: Tensor, value: Tensor) -> Tensor:
     return (x * (walked.unflatten(0, by_group) - value.unsqueeze(1)).flatten(0, 1)).sum((1, 2))
 
 
-def _take_block(sweep: _Sweep, columns: slice) -> None:
+def _take_block(sweep: _State, columns: slice) -> None:
     """Bring the sweep past one block of columns: its rows of x, z and delta, and all its gradients."""
     tiles, mixed = sweep.tiles, sweep.mixed[:, columns]
     key = tiles.repeated_key(columns)
@@ -169,7 +218,7 @@ def _take_block(sweep: _Sweep, columns: slice) -> None:
     sweep.d_key[:, columns] = d_key
 
 
-def _solve_transposed(sweep: _Sweep, rows: slice, arriving: Tensor, key: Tensor, d_key: Tensor) -> None:
+def _solve_transposed(sweep: _State, rows: slice, arriving: Tensor, key: Tensor, d_key: Tensor) -> None:
     """Solve the diagonal block.
 
     Args:
@@ -199,24 +248,27 @@ def _solve_transposed(sweep: _Sweep, rows: slice, arriving: Tensor, key: Tensor,
         kept=sweep.kept,
         out=tiles.space.take("cotangents", *weights.shape),
     )
-    _spread(sweep, rows, rows, d_logits, slope, key, d_key)
     if sweep.d_gamma is not None:
         walked = torch.addcmul(off_read, own, mixed) if sweep.kept else off_read
         sweep.d_gamma.add_(d_gamma_of(x, walked, sweep.value[:, rows]))
+    _spread(sweep, rows, rows, d_logits, slope, key, d_key)
     sweep.x[:, rows], sweep.z[:, rows], sweep.delta[:, rows] = x, z, delta
 
 
 def _spread(
-    sweep: _Sweep, rows: slice, columns: slice, d_logits: Tensor, slope: Tensor | None, key: Tensor, d_key: Tensor
+    sweep: _State, rows: slice, columns: slice, d_logits: Tensor, slope: Tensor | None, key: Tensor, d_key: Tensor
 ) -> None:
-    """Add the cotangent of a tile of logits ``[N, rows, columns]`` to the gradients of bias, query and key."""
+    """Add the cotangent of a tile of logits ``[N, rows, columns]`` to the gradients of bias, query and key.
+
+    The weights of the tile are overwritten.
+    """
     tiles = sweep.tiles
     if sweep.d_bias is not None:
         part = tiles.mask.tile_of(sweep.d_bias, rows, columns)
         part.add_(d_logits.unflatten(0, (-1, tiles.heads)).sum_to_size(part.shape))
     if slope is not None:
         d_logits.mul_(slope)
-    # a product into rows of a larger tensor would be done head by head
-    product = torch.bmm(d_logits, key, out=tiles.space.take("product", *d_logits.shape[:2], key.shape[-1]))
+    # a product into rows of a larger tensor would be done head by head; the weights are not needed any more
+    product = torch.bmm(d_logits, key, out=tiles.space.take("products", *d_logits.shape[:2], key.shape[-1]))
     sweep.d_query[:, rows].add_(product, alpha=tiles.scale)
     d_key.baddbmm_(d_logits.mT, tiles.query[:, rows], alpha=tiles.scale)

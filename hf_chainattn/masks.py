@@ -1,5 +1,6 @@
 """What an attention mask says, read once and applied tile by tile, so that no ``T x T`` matrix has to be held."""
 
+import copy
 import numbers
 from dataclasses import dataclass
 
@@ -186,6 +187,23 @@ class AttentionMask:
             return everywhere.triu_(offset + 1)
         later = everywhere.triu(offset + (1 if self.causal else self.window))
         return later.add_(everywhere.tril_(offset - self.window))
+
+    def of(self, rows: slice, heads: slice) -> "AttentionMask":
+        """Return the mask of some batch rows and heads; nothing is read in again."""
+        part = copy.copy(self)
+        if self.attn_mask is not None:
+            part.attn_mask = self.broadcast_of(self.attn_mask, rows, heads)
+        for name in ("key_padding_mask", "segment_ids"):
+            source = getattr(self, name)
+            if source is not None and len(source) > 1:
+                setattr(part, name, source[rows])
+        return part
+
+    @staticmethod
+    def broadcast_of(full: Tensor, rows: slice, heads: slice) -> Tensor:
+        """Return the part of ``[1 or B, 1 or H, ...]`` that some rows and heads broadcast against, a view."""
+        full = full if full.shape[0] == 1 else full[rows]
+        return full if full.shape[1] == 1 else full[:, heads]
 
     @staticmethod
     def tile_of(full: Tensor, rows: slice, columns: slice) -> Tensor:
