@@ -11,7 +11,7 @@ from hf_chainattn.tiles import Tiles
 
 def attend(
     tiles: Tiles, rows: slice, first: int = 0, earlier_sum: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Return the attention of some rows to the keys from ``first`` on, and its sums.
 
     Args:
@@ -21,9 +21,10 @@ def attend(
         earlier_sum: Log in base 2 of the sum of exponentials over the keys before ``first``, ``[N, rows, 1]``.
 
     Returns:
-        The weights ``[N, rows, rows.stop - first]`` without those of a token to itself; those; the weight of all other
+        ``[N, rows, rows.stop - first]``, the weights without those of a token to itself, each row times a number; that
+        number; the weights of tokens to themselves; the weight of all other
         keys in sum; that of the keys before ``first``, ``None`` if there are none; and the log in base 2 of the sum of
-        exponentials, ``inf`` if the row sees nothing. The last four are ``[N, rows, 1]``.
+        exponentials, ``inf`` if the row sees nothing. All but the first are ``[N, rows, 1]``.
     """
     logits = tiles.logits(rows, slice(first, rows.stop))
     peak = logits.amax(-1, keepdim=True)
@@ -46,8 +47,7 @@ def attend(
         empty = total == 0
         log_sum.masked_fill_(empty, torch.inf)
         total.masked_fill_(empty, 1.0)
-    weights.div_(total)
-    return weights, own.div_(total), off.div_(total), None if share is None else share.div_(total), log_sum
+    return weights, total, own.div_(total), off.div_(total), None if share is None else share.div_(total), log_sum
 
 
 def pivots(own: Tensor, off: Tensor, hop: Tensor, halt: Tensor, *, kept: bool, plain: bool) -> Tensor:

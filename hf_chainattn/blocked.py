@@ -136,11 +136,12 @@ def _solve_block(
     """
     if earlier is not None:
         earlier_read, earlier_sum = (part[:, rows.start - first : rows.stop - first] for part in earlier)
-    weights, own, off, share, log_sum = attend(tiles, rows, first, None if earlier is None else earlier_sum)
-    inside = weights[..., rows.start - first :]
+    weights, total, own, off, share, log_sum = attend(tiles, rows, first, None if earlier is None else earlier_sum)
+    # only what is needed is divided: the rows of the system, and sums over earlier keys
+    inside = weights[..., rows.start - first :].div_(total)
     read = _buffer(tiles, "read", saved.off_read[:, rows])
     if rows.start > first:
-        torch.bmm(weights[..., : rows.start - first], saved.mixed[:, first : rows.start], out=read)
+        torch.bmm(weights[..., : rows.start - first], saved.mixed[:, first : rows.start], out=read).div_(total)
     else:
         read.zero_()
     if share is not None:

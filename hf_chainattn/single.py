@@ -39,7 +39,8 @@ def single_forward(
     batch, heads, tokens, _ = query.shape
     tiles = Tiles(query, key, mask, scale=scale, softcap=softcap)
     hop, halt = _by_head(gamma, batch), _by_head(halting, batch)
-    weights, own, off, _, log_sum = attend(tiles, slice(0, tokens))
+    weights, total, own, off, _, log_sum = attend(tiles, slice(0, tokens))
+    weights.div_(total)
     # what callers get is no view, so that they may change it in place
     mixed = value.new_empty(batch, heads, tokens, value.shape[-1])
     torch.mul(_repeated(value, tiles.repeats), halting.view(-1, 1, 1), out=mixed)
