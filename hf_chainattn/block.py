@@ -22,9 +22,9 @@ def attend(
 
     Returns:
         ``[N, rows, rows.stop - first]``, the weights without those of a token to itself, each row times a number; that
-        number; the weights of tokens to themselves; the weight of all other
-        keys in sum; that of the keys before ``first``, ``None`` if there are none; and the log in base 2 of the sum of
-        exponentials, ``inf`` if the row sees nothing. All but the first are ``[N, rows, 1]``.
+        number; the weights of tokens to themselves; the weight of all other keys in sum; that of the keys before
+        ``first``, ``None`` if there are none; and the log in base 2 of the sum of exponentials, ``inf`` if the row
+        sees nothing. All but the first are ``[N, rows, 1]``.
     """
     logits = tiles.logits(rows, slice(first, rows.stop))
     peak = logits.amax(-1, keepdim=True)
@@ -86,8 +86,8 @@ def solve_columns_(system: Tensor, right: Tensor) -> None:
     torch.linalg.solve_triangular(system, right.mT, upper=False, left=False, out=right.mT)
 
 
-def through_softmax(
-    weights: Tensor,
+def row_sums(
+    own: Tensor,
     off_mass: Tensor,
     z: Tensor,
     d_output: Tensor,
@@ -95,31 +95,43 @@ def through_softmax(
     off_read: Tensor,
     *,
     kept: bool,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the cotangent of the logits of a diagonal block, and ``delta`` of its rows.
+    """Return what the softmax of some rows takes from every cotangent, and the cotangent of their diagonal logits.
 
     Args:
-        weights: Attention inside the block, ``[N, rows, rows]``.
+        own: Attention of each token to itself, ``[N, rows, 1]``.
         off_mass: Attention of each token to all others, ``[N, rows, 1]``.
         z: Cotangent of a row of weights over ``u``, ``[N, rows, E]``.
         d_output: Cotangent of ``Y``, ``[N, rows, E]``.
         mixed: ``U``, ``[N, rows, E]``.
         off_read: What each token reads of all others, ``[N, rows, E]``.
         kept: Whether the diagonal takes part in the walk.
-        out: Memory for the first result.
 
     Returns:
-        ``[N, rows, rows]``, and the sum over each whole row of weight times cotangent, ``[N, rows, 1]``.
+        The sum over a row of weight times cotangent, and that cotangent, ``[N, rows, 1]`` each.
     """
-    own = weights.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    d_logits = torch.bmm(z, mixed.mT, out=out)
-    diagonal = d_logits.diagonal(dim1=-2, dim2=-1)
     # the cotangent of a weight is z u, that of the diagonal weight of the second convention dY u
-    of_own = diagonal.unsqueeze(-1).clone() if kept else (d_output * mixed).sum(-1, keepdim=True)
+    of_own = ((z if kept else d_output) * mixed).sum(-1, keepdim=True)
     of_others = (z * off_read).sum(-1, keepdim=True)
     delta = torch.addcmul(of_others, own, of_own)
-    d_logits.sub_(delta).mul_(weights)
     # of_own - delta with 1 - own replaced by the mass of the others, which does not cancel
-    diagonal.copy_((own * (off_mass * of_own - of_others)).squeeze(-1))
-    return d_logits, delta
+    return delta, own * (off_mass * of_own - of_others)
+
+
+def through_softmax(
+    weights: Tensor, z: Tensor, delta: Tensor, mixed: Tensor, d_own: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """Return the cotangent of a tile of logits, ``[N, rows, columns]``.
+
+    Args:
+        weights: Of the tile.
+        z: Of its rows.
+        delta: Of its rows, from ``row_sums``, as ``d_own``.
+        mixed: ``U`` of its columns, ``[N, columns, E]``.
+        d_own: Cotangent of the diagonal, of as many rows as the tile has columns; ``None`` if it has none.
+        out: Memory for the result.
+    """
+    d_logits = torch.bmm(z, mixed.mT, out=out).sub_(delta).mul_(weights)
+    if d_own is not None:
+        d_logits.diagonal(dim1=-2, dim2=-1).copy_(d_own.squeeze(-1))
+    return d_logits

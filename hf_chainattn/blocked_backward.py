@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_chainattn.block import pivots, solve_columns_, through_softmax, triangular_system
+from hf_chainattn.block import pivots, row_sums, solve_columns_, through_softmax, triangular_system
 from hf_chainattn.blocked import Saved, block_of, rows_together
 from hf_chainattn.masks import AttentionMask
 from hf_chainattn.tiles import Tiles
@@ -207,52 +207,45 @@ def _take_block(sweep: _State, columns: slice) -> None:
     d_key = torch.zeros_like(key)
     arriving = torch.zeros_like(mixed) if sweep.d_mixed is None else sweep.d_mixed[:, columns].clone()
     stop = tiles.mask.query_stop(columns.start, columns.stop)
-    for begin in range(columns.stop, stop, _TILE):
+    # the tile with the diagonal comes last: it needs what arrives from below
+    starts = range(columns.start, stop, _TILE)
+    for begin in reversed(starts):
         rows = slice(begin, min(begin + _TILE, stop))
         weights, slope = tiles.weights(rows, columns, sweep.log_sum)
-        arriving.baddbmm_(weights.mT, sweep.z[:, rows])
-        d_logits = tiles.space.take("cotangents", *weights.shape)
-        torch.bmm(sweep.z[:, rows], mixed.mT, out=d_logits).sub_(sweep.delta[:, rows]).mul_(weights)
+        height, d_own = columns.stop - columns.start if begin == columns.start else 0, None
+        if weights.shape[1] > height:
+            arriving.baddbmm_(weights[:, height:].mT, sweep.z[:, begin + height : rows.stop])
+        if height:
+            d_own = _solve_transposed(sweep, columns, weights[:, :height], arriving)
+        space = tiles.space.take("cotangents", *weights.shape)
+        d_logits = through_softmax(weights, sweep.z[:, rows], sweep.delta[:, rows], mixed, d_own, out=space)
         _spread(sweep, rows, columns, d_logits, slope, key, d_key)
-    _solve_transposed(sweep, columns, arriving, key, d_key)
     sweep.d_key[:, columns] = d_key
 
 
-def _solve_transposed(sweep: _State, rows: slice, arriving: Tensor, key: Tensor, d_key: Tensor) -> None:
-    """Solve the diagonal block.
+def _solve_transposed(sweep: _State, rows: slice, weights: Tensor, arriving: Tensor) -> Tensor:
+    """Solve the diagonal block, and return the cotangent of its diagonal logits, ``[N, rows, 1]``.
 
     Args:
-        sweep: The sweep.
+        sweep: The sweep; its x, z and delta of these rows are written, and the gradient of gamma is added to.
         rows: Which rows.
+        weights: Attention of these rows to one another, ``[N, rows, rows]``.
         arriving: ``A^T z`` of the rows below plus the cotangent of U, ``[N, rows, E]``; used up.
-        key: The keys of these rows, ``[N, rows, D]``.
-        d_key: Their gradient, to be added to.
     """
-    tiles, plain = sweep.tiles, sweep.tiles.mask.plain
-    weights, slope = tiles.weights(rows, rows, sweep.log_sum)
     own = weights.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     d_output, mixed, off_read = sweep.d_output[:, rows], sweep.mixed[:, rows], sweep.off_read[:, rows]
     off_mass = sweep.off_mass[:, rows]
-    pivot = pivots(own, off_mass, sweep.hop, sweep.halt, kept=sweep.kept, plain=plain)
-    system = triangular_system(weights, pivot, sweep.hop, out=tiles.space.take("system", *weights.shape))
+    pivot = pivots(own, off_mass, sweep.hop, sweep.halt, kept=sweep.kept, plain=sweep.tiles.mask.plain)
+    system = triangular_system(weights, pivot, sweep.hop, out=sweep.tiles.space.take("system", *weights.shape))
     x = arriving.baddbmm_(weights.mT, d_output)
     solve_columns_(system, x)
     z = torch.addcmul(d_output, x, sweep.hop)
-    d_logits, delta = through_softmax(
-        weights,
-        off_mass,
-        z,
-        d_output,
-        mixed,
-        off_read,
-        kept=sweep.kept,
-        out=tiles.space.take("cotangents", *weights.shape),
-    )
+    delta, d_own = row_sums(own, off_mass, z, d_output, mixed, off_read, kept=sweep.kept)
     if sweep.d_gamma is not None:
         walked = torch.addcmul(off_read, own, mixed) if sweep.kept else off_read
         sweep.d_gamma.add_(d_gamma_of(x, walked, sweep.value[:, rows]))
-    _spread(sweep, rows, rows, d_logits, slope, key, d_key)
     sweep.x[:, rows], sweep.z[:, rows], sweep.delta[:, rows] = x, z, delta
+    return d_own
 
 
 def _spread(

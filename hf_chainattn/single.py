@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_chainattn.block import (
     attend,
     pivots,
+    row_sums,
     solve_columns_,
     solve_rows_,
     through_softmax,
@@ -85,7 +86,9 @@ def single_backward(
     if d_mixed is not None:
         x += d_mixed.flatten(0, 1)
     solve_columns_(triangular_system(weights, pivot, hop), x)
-    d_logits, _ = through_softmax(weights, off, torch.addcmul(upstream, x, hop), upstream, values, read, kept=kept)
+    z = torch.addcmul(upstream, x, hop)
+    delta, d_own = row_sums(own, off, z, upstream, values, read, kept=kept)
+    d_logits = through_softmax(weights, z, delta, values, d_own)
     d_gamma = d_bias = None
     if with_gamma:
         walked = torch.addcmul(read, own, values) if kept else read
