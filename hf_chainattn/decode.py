@@ -92,9 +92,59 @@ def chain_decode_step(
         logits = torch.cat([_products(work[0], work[3]), _products(work[0], work[1])], -1)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
-        attention, triangular = _attention(logits, attn_mask)
-        read, u = _solve(attention, work[2], work[4], hop, halting, kept=diagonal == "kept", triangular=triangular)
+        attention, triangular = _attention(logits, attn_mask, None)
+        kept = diagonal == "kept"
+        read, u = _solve(attention, work[2], work[4], None, hop, halting, kept=kept, triangular=triangular)
     return read.to(value.dtype), u.to(value.dtype)
+
+
+def decode_from_memory(
+    query: Tensor,
+    key: Tensor,
+    values: Tensor,
+    places: Tensor | None,
+    *,
+    gamma: float | Tensor,
+    diagonal: str,
+    attn_mask: Tensor,
+    softcap: float | None,
+    scale: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Return what ``chain_decode_step`` returns, from a cache that holds past and new tokens already.
+
+    Args:
+        query: ``[B, H, C, D]``, of the new tokens.
+        key: ``[B, H_kv, K, D]``, of past and new tokens, and of places not used yet.
+        values: ``[B, H, K, E]``, in the same places: ``U`` of the past ones, plain values of the new ones.
+        places: Where the new tokens are, ``[C]``; ``None``: at the end.
+        gamma: As for ``chain_decode_step``, as the next.
+        diagonal: ``"kept"`` or ``"removed"``.
+        attn_mask: Broadcastable to ``[B, H, C, K]``; it hides places that are not used, too.
+        softcap: As for ``chain_decode_step``, as the next.
+        scale: Factor on the logits.
+        dropout_p: Dropout of the read-out.
+    """
+    rows = query.shape[2]
+    hop, halting = (part.view(-1, 1, 1) for part in gamma_and_halting(gamma, query, key, values))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with without_autocast(query):
+        work = [tensor.to(hop.dtype) for tensor in (query, key, values)]
+        logits = _products(work[0] * scale, work[1])
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        attention, triangular = _attention(logits, attn_mask, places)
+        past, new = work[2], work[2][:, :, -rows:]
+        if places is None:
+            past = past[:, :, : past.shape[2] - rows]
+        else:
+            new = past.index_select(2, places)
+        kept = diagonal == "kept"
+        read, u = _solve(attention, new, past, places, hop, halting, kept=kept, triangular=triangular)
+        if dropout_p > 0:
+            to_past, to_new = _split(torch.dropout(attention, dropout_p, train=True), places, rows)
+            read = to_past @ past + to_new @ u
+    return read.to(values.dtype), u.to(values.dtype)
 
 
 def _check_past(query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_u: Tensor) -> None:
@@ -145,8 +195,14 @@ def _products(query: Tensor, key: Tensor) -> Tensor:
     return (below @ key.transpose(-2, -1)).view(batch, heads, rows, key.shape[2])
 
 
-def _attention(logits: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, bool]:
-    """Return attention from logits ``[B, H, C, S + C]``, 0 where hidden, and whether no token sees a later one."""
+def _attention(logits: Tensor, attn_mask: Tensor | None, places: Tensor | None) -> tuple[Tensor, bool]:
+    """Return attention from logits ``[B, H, C, S + C]``, 0 where hidden, and whether no token sees a later one.
+
+    Args:
+        logits: Of past and new tokens.
+        attn_mask: Broadcastable to them; needed with ``places``.
+        places: Where the new tokens are among the columns, ``[C]``; ``None``: at the end.
+    """
     rows, columns = logits.shape[-2:]
     if attn_mask is None:
         # every token sees itself: no row is empty, and the fused softmax will do
@@ -157,10 +213,20 @@ def _attention(logits: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, bool]:
         logits = logits + attn_mask.to(logits.dtype)
     logits = logits.masked_fill(hidden, -torch.inf)
     # one query has no later one: nothing is looked at, and no device waited for
-    if rows == 1 or hidden.shape[-2] == 1 or (bias and not bool(hidden.any())):
+    if rows == 1:
+        return softmax(logits), True
+    if places is None and (hidden.shape[-2] == 1 or (bias and not bool(hidden.any()))):
         return softmax(_hide_later_(logits)), True
-    among_new = hidden.expand(*hidden.shape[:-1], columns)[..., columns - rows :]
+    _, among_new = _split(hidden.expand(*hidden.shape[:-1], columns), places, rows)
     return softmax(logits), not bool((~among_new).triu(1).any())
+
+
+def _split(matrix: Tensor, places: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the columns of past tokens and those of new ones; the first with 0 for the new where they have places."""
+    if places is None:
+        past, new = matrix.split([matrix.shape[-1] - rows, rows], -1)
+        return past, new
+    return matrix.index_fill(-1, places, 0), matrix.index_select(-1, places)
 
 
 def _hide_later_(logits: Tensor) -> Tensor:
@@ -173,11 +239,30 @@ def _hide_later_(logits: Tensor) -> Tensor:
 
 
 def _solve(
-    attention: Tensor, value: Tensor, past_u: Tensor, hop: Tensor, halting: Tensor, *, kept: bool, triangular: bool
+    attention: Tensor,
+    value: Tensor,
+    past_u: Tensor,
+    places: Tensor | None,
+    hop: Tensor,
+    halting: Tensor,
+    *,
+    kept: bool,
+    triangular: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``Y`` and ``U_new`` from attention ``[B, H, C, S + C]`` to past and new tokens."""
-    rows, past = attention.shape[-2], past_u.shape[2]
-    to_past, to_new = attention.split([past, rows], -1)
+    """Return ``Y`` and ``U_new`` from attention ``[B, H, C, S + C]`` to past and new tokens.
+
+    Args:
+        attention: ``[B, H, C, columns]``.
+        value: Plain, of the new tokens, ``[B, H_kv or H, C, E]``.
+        past_u: ``[B, H, S, E]``, or with ``places`` all that is in memory, ``[B, H, columns, E]``.
+        places: Where the new tokens are among the columns, ``[C]``; ``None``: at the end.
+        hop: Gamma.
+        halting: ``1 - gamma``.
+        kept: Whether the diagonal takes part in the walk.
+        triangular: Whether no new token sees a later one.
+    """
+    rows = attention.shape[-2]
+    to_past, to_new = _split(attention, places, rows)
     read = to_past @ past_u
     right = halting * value.repeat_interleave(attention.shape[1] // value.shape[1], 1) + hop * read
     on_diagonal = torch.eye(rows, dtype=torch.bool, device=attention.device)

@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from hf_chainattn.api import chain_attention
 from hf_chainattn.config import ChainAttentionConfig
 from hf_chainattn.errors import UnsupportedModelError
+from hf_chainattn.generation import attend_with_cache
 from hf_chainattn.models import (
     NAME,
+    call_of,
     check_model,
-    is_guarded,
     name_in_config,
     never_dispatches,
     parts_of,
@@ -114,8 +116,9 @@ def chain_attention_forward(
         query: ``[B, H, T, D]``.
         key: ``[B, H_kv, T, D]``.
         value: ``[B, H_kv, T, E]``.
-        attention_mask: ``[B, 1 or H, T, T]``, boolean or additive; ``None`` means that every token sees every token,
-            as it does in every model's own eager attention. ``chain_mask`` never leaves a causal mask out.
+        attention_mask: ``[B, 1 or H, T, S]``, boolean or additive; ``None`` means that every token sees every token,
+            as it does in every model's own eager attention. ``chain_mask`` never leaves a causal mask out. ``S`` is
+            ``T`` but for cross-attention and with a cache.
         dropout: Chance, of the read-out only.
         scaling: Factor on the logits.
         is_causal: Not used: the mask decides. Kernels without a mask need it.
@@ -131,8 +134,8 @@ def chain_attention_forward(
         UnsupportedModelError: If the model was not prepared, or hands on something that changes attention, such as
             attention sinks, indices of a sparse pattern, packing by sequence lengths, or a paged cache.
     """
-    stored = getattr(getattr(module, "config", None), "chain_attention", None)
-    if stored is None or not is_guarded(module):
+    stored, call = getattr(getattr(module, "config", None), "chain_attention", None), call_of(module)
+    if stored is None or call is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} belongs to a model that was not prepared for chain attention: switch the model "
             "with hf_chainattn.enable_chain_attention(model)."
@@ -144,19 +147,27 @@ def chain_attention_forward(
         )
     if others.get("output_attentions"):
         logger.warning_once("Chain attention returns no attention weights: output_attentions=True has no effect.")
+    mask = _with_bias(attention_mask, position_bias)
+    if call.crosses:
+        if softcap is not None:
+            raise UnsupportedModelError(f"{type(module).__name__} softcaps cross-attention, which sdpa cannot do.")
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
+        )
+        return output, None
     settings = ChainAttentionConfig.from_value(stored)
-    output = chain_attention(
-        query,
-        key,
-        value,
-        gamma=settings.gamma,
-        diagonal=settings.diagonal,
-        attn_mask=_with_bias(attention_mask, position_bias),
-        is_causal=False,
-        scale=scaling,
-        softcap=softcap,
-        dropout_p=dropout,
-    )
+    options: dict[str, Any] = {
+        "gamma": settings.gamma,
+        "diagonal": settings.diagonal,
+        "scale": scaling,
+        "softcap": softcap,
+    }
+    if call.layer is not None:
+        if mask is None:
+            mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
+        output = attend_with_cache(call.layer, query, key, value, mask, dropout_p=dropout, **options)
+    else:
+        output = chain_attention(query, key, value, attn_mask=mask, is_causal=False, dropout_p=dropout, **options)
     return output.transpose(1, 2).contiguous(), None
 
 

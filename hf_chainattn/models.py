@@ -1,23 +1,26 @@
 """Which transformers models can run with chain attention, and making one ready for it or ordinary again."""
 
+import functools
 import inspect
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from hf_chainattn.cache import ChainLayer, chain_layer
 from hf_chainattn.config import ChainAttentionConfig, Diagonal
 from hf_chainattn.errors import UnsupportedModelError
 
 NAME = "chain"
+# where a module keeps what is known of its call, while it lasts
+_CALL = "_chain_call"
 
-# a value under one of these names means that keys or values come from other tokens than the queries
+# a value under one of these names makes the call cross-attention, which is never a chain
+_CROSS_ATTENTION = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+# under one of these, keys or values come from other tokens than the queries in a way that is not known here
 _FOREIGN_KEYS = (
-    "key_value_states",
-    "encoder_hidden_states",
-    "cross_attention_states",
     "key_hidden_states",
     "value_hidden_states",
     "value_embeds",
@@ -125,11 +128,6 @@ def check_model(model: PreTrainedModel) -> None:
             f"{kind} is made of several models ({', '.join(names)}), and chain attention must be asked for by part: "
             f"pass a dict such as attn_implementation={{'{names[-1]}': 'chain'}}."
         )
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise UnsupportedModelError(
-            f"{kind} has cross-attention, where queries and keys are different tokens and no chain exists. Chain "
-            "attention runs encoder-only and decoder-only models: use attn_implementation='sdpa' here."
-        )
     found = list(dispatching_modules(model))
     if not found:
         raise never_dispatches(kind)
@@ -180,7 +178,8 @@ def prepare_model(model: PreTrainedModel) -> None:
     model.config.chain_attention = settings.to_dict()
     for _, module in dispatching_modules(model):
         if not is_guarded(module):
-            module.register_forward_pre_hook(_refuse_foreign_keys, with_kwargs=True)
+            module.register_forward_pre_hook(_begin, with_kwargs=True)
+            module.register_forward_hook(_end, always_call=True)
 
 
 def release_model(model: PreTrainedModel) -> None:
@@ -192,14 +191,17 @@ def release_model(model: PreTrainedModel) -> None:
         if (config := getattr(module, "config", None)) is not None and uses_chain(config):
             continue
         # by identity and not by a kept handle: a deep copy of the model has the hook, but no handle to it
-        for number in [n for n, hook in module._forward_pre_hooks.items() if hook is _refuse_foreign_keys]:
+        for number in [n for n, hook in module._forward_pre_hooks.items() if hook is _begin]:
             del module._forward_pre_hooks[number]
             module._forward_pre_hooks_with_kwargs.pop(number, None)
+        for number in [n for n, hook in module._forward_hooks.items() if hook is _end]:
+            del module._forward_hooks[number]
+            module._forward_hooks_always_called.pop(number, None)
 
 
 def is_guarded(module: nn.Module) -> bool:
     """Return whether an attention module belongs to a model that ``prepare_model`` has seen."""
-    return _refuse_foreign_keys in module._forward_pre_hooks.values()
+    return _begin in module._forward_pre_hooks.values()
 
 
 def name_in_config(config: PreTrainedConfig) -> None:
@@ -224,14 +226,65 @@ def _asked_for(config: PreTrainedConfig) -> str | dict[str, Any] | None:
     return asked | ({"": own} if own else {})
 
 
-def _refuse_foreign_keys(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: the attention function cannot see where its keys come from, the module's arguments tell."""
-    given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-    given |= given.get("kwargs", {})
+class Call(NamedTuple):
+    """What the attention function must know of the call of its module, and is not handed.
+
+    Args:
+        crosses: Keys come from other tokens than queries.
+        layer: The layer of the cache, if there is one.
+    """
+
+    crosses: bool
+    layer: ChainLayer | None
+
+
+def call_of(module: nn.Module) -> Call | None:
+    """Return the call that an attention module is in; ``None`` if the module belongs to no prepared model."""
+    call: Call | None = module.__dict__.get(_CALL)
+    return call
+
+
+def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: see where keys come from, and make the layer of the cache ready for ``U``."""
+    given = kwargs
+    if len(args) > 1:
+        given = _signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        given |= given.get("kwargs", {})
     for name in _FOREIGN_KEYS:
         # an empty dict stands for "nothing shared"
         if given.get(name) is not None and given[name] != {}:
             raise UnsupportedModelError(
                 f"{type(module).__name__} was called with {name}: its keys are not its queries' tokens, and no chain "
-                "exists across them. Use attn_implementation='sdpa' for a model with cross-attention or shared keys."
+                "exists across them. Use attn_implementation='sdpa' for a model with shared keys."
             )
+    crosses, layer = any(given.get(name) is not None for name in _CROSS_ATTENTION), None
+    # by type: the name differs between models
+    cache = next((value for value in given.values() if isinstance(value, Cache)), None)
+    if cache is not None and not crosses:
+        index = getattr(module, "layer_idx", None)
+        if index is None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has no layer_idx, so that its layer of the cache is not known: use "
+                "use_cache=False."
+            )
+        layer = chain_layer(cache, index)
+        layer.expected = True
+    module.__dict__[_CALL] = Call(crosses, layer)
+
+
+def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
+    """Forward hook, called after errors too: a module that kept the cache would keep its memory, and not be copied."""
+    call = module.__dict__.pop(_CALL, None)
+    if call is None or call.layer is None:
+        return
+    call.layer.expected = False
+    if output is not None and call.layer.waiting:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} put values into its cache and did not call its attention function: use "
+            "use_cache=False with chain attention here."
+        )
+
+
+@functools.cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
