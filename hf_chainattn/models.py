@@ -17,7 +17,7 @@ NAME = "chain"
 # where a module keeps what is known of its call, while it lasts
 _CALL = "_chain_call"
 
-# a value under one of these names makes the call cross-attention, which is never a chain
+# a value for a parameter of one of these names makes the call cross-attention, which is never a chain
 _CROSS_ATTENTION = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 # under one of these, keys or values come from other tokens than the queries in a way that is not known here
 _FOREIGN_KEYS = (
@@ -257,7 +257,9 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 f"{type(module).__name__} was called with {name}: its keys are not its queries' tokens, and no chain "
                 "exists across them. Use attn_implementation='sdpa' for a model with shared keys."
             )
-    crosses, layer = any(given.get(name) is not None for name in _CROSS_ATTENTION), None
+    # what only passes through a module's **kwargs is not read by it
+    names = _signature(type(module).forward).parameters
+    crosses, layer = any(name in names and given.get(name) is not None for name in _CROSS_ATTENTION), None
     # by type: the name differs between models
     cache = next((value for value in given.values() if isinstance(value, Cache)), None)
     if cache is not None and not crosses:

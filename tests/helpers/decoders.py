@@ -54,15 +54,34 @@ FAMILIES = {
             "decoder_start_token_id": 1,
         },
     ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 3,
+            "num_decoder_layers": 3,
+            "num_heads": 4,
+            "tie_word_embeddings": False,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "decoder_start_token_id": 1,
+        },
+    ),
 }
-ENCODER_DECODERS = ("bart",)
+ENCODER_DECODERS = ("bart", "t5")
 
 
-def decoder(family: str, attn_implementation: str, *, gamma: float = 0.9, seed: int = 0) -> PreTrainedModel:
-    """Return a model in eval mode, float32; the same weights for every implementation."""
+def decoder(family: str, attention: str, *, gamma: float = 0.9, seed: int = 0) -> PreTrainedModel:
+    """Return a model in eval mode, float32, the same weights for both kinds of ``attention``, chain and ordinary."""
     kind, config_kind, settings = FAMILIES[family]
     config = getattr(transformers, config_kind)(**settings)
-    if attn_implementation == "chain":
+    # sdpa has no softcap
+    attn_implementation = {"chain": "chain", "ordinary": "eager" if family == "gemma2" else "sdpa"}[attention]
+    if attention == "chain":
         config.chain_attention = {"gamma": gamma}
     torch.manual_seed(seed)
     model = getattr(transformers, kind)._from_config(config, attn_implementation=attn_implementation).eval()
