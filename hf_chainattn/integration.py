@@ -24,16 +24,16 @@ from hf_chainattn.config import ChainAttentionConfig
 from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.generation import attend_with_cache
 from hf_chainattn.models import (
-    NAME,
     call_of,
     check_model,
+    mark_places,
     name_in_config,
     never_dispatches,
     parts_of,
     prepare_model,
     release_model,
-    uses_chain,
 )
+from hf_chainattn.parts import NAME, decoder_key, hand_down, narrow, uses_chain
 
 # what models hand on that does not change attention, or that the mask already holds
 _HARMLESS = frozenset(
@@ -147,27 +147,28 @@ def chain_attention_forward(
         )
     if others.get("output_attentions"):
         logger.warning_once("Chain attention returns no attention weights: output_attentions=True has no effect.")
-    mask = _with_bias(attention_mask, position_bias)
-    if call.crosses:
+    mask, settings = _with_bias(attention_mask, position_bias), ChainAttentionConfig.from_value(stored)
+    gamma = settings.of_layer(call.place.number, in_encoder=call.place.in_encoder)
+    # what is ordinary is left to sdpa, which has no softcap and knows no U in a cache
+    if call.crosses or (gamma == 0.0 and softcap is None and call.layer is None):
         if softcap is not None:
             raise UnsupportedModelError(f"{type(module).__name__} softcaps cross-attention, which sdpa cannot do.")
-        output, _ = sdpa_attention_forward(
+        return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
         )
-        return output, None
-    settings = ChainAttentionConfig.from_value(stored)
     options: dict[str, Any] = {
-        "gamma": settings.gamma,
+        "gamma": torch.tensor(gamma, dtype=torch.float64) if isinstance(gamma, tuple) else gamma,
         "diagonal": settings.diagonal,
         "scale": scaling,
         "softcap": softcap,
+        "dropout_p": dropout,
     }
-    if call.layer is not None:
+    if call.layer is None:
+        output = chain_attention(query, key, value, attn_mask=mask, is_causal=False, **options)
+    else:
         if mask is None:
             mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
-        output = attend_with_cache(call.layer, query, key, value, mask, dropout_p=dropout, **options)
-    else:
-        output = chain_attention(query, key, value, attn_mask=mask, is_causal=False, dropout_p=dropout, **options)
+        output = attend_with_cache(call.layer, query, key, value, mask, **options)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -212,6 +213,8 @@ def _wrapping(replacement: Callable[..., Any]) -> Callable[[Callable[..., Any]],
 def _init(
     original: Callable[..., Any], model: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
 ) -> None:
+    if isinstance(config, PreTrainedConfig):
+        narrow(config)
     # before the modules are built: some look the name up in a table of their own, and would end in a bare KeyError
     asked = isinstance(config, PreTrainedConfig) and uses_chain(config)
     if asked and not type(model)._can_set_attn_implementation():
@@ -229,6 +232,12 @@ def _post_init(original: Callable[..., Any], model: PreTrainedModel) -> None:
 def _set_attn_implementation(
     original: Callable[..., Any], model: PreTrainedModel, attn_implementation: str | dict[str, Any], **kwargs: Any
 ) -> None:
+    key = decoder_key(model.config) if _asks_whole(attn_implementation) else None
+    if key is not None:
+        # of a model made of several, the text decoder alone
+        hand_down(model.config, key)
+        others = attn_implementation if isinstance(attn_implementation, dict) else {}
+        attn_implementation = {key: NAME} | {name: value for name, value in others.items() if name != ""}
     if attn_implementation == NAME:
         # transformers only logs where a model type cannot switch; asked for by name, that is an error
         check_model(model)
@@ -246,6 +255,14 @@ def _set_attn_implementation(
             part.config._attn_implementation_internal = implementation
         _settle(model, parts)
         raise
+
+
+def _asks_whole(attn_implementation: str | dict[str, Any]) -> bool:
+    """Return whether the request is for a model as a whole."""
+    return NAME in (
+        attn_implementation,
+        attn_implementation.get("") if isinstance(attn_implementation, dict) else None,
+    )
 
 
 @_wrapping
@@ -270,4 +287,5 @@ def _settle(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
             prepare_model(part)
         else:
             release_model(part)
+    mark_places(model)
     name_in_config(model.config)

@@ -1,8 +1,7 @@
 """Which transformers models can run with chain attention, and making one ready for it or ordinary again."""
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -10,12 +9,12 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_chainattn.cache import ChainLayer, chain_layer
-from hf_chainattn.config import ChainAttentionConfig, Diagonal
+from hf_chainattn.config import ChainAttentionConfig, Diagonal, Gamma
 from hf_chainattn.errors import UnsupportedModelError
+from hf_chainattn.parts import NAME, decoder_key, uses_chain
 
-NAME = "chain"
-# where a module keeps what is known of its call, while it lasts
-_CALL = "_chain_call"
+# where a module keeps which layer it is, and what is known of its call while it lasts
+_PLACE, _CALL = "_chain_place", "_chain_call"
 
 # a value for a parameter of one of these names makes the call cross-attention, which is never a chain
 _CROSS_ATTENTION = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
@@ -35,17 +34,26 @@ logger = logging.get_logger(__name__)
 
 
 def enable_chain_attention(
-    model: PreTrainedModel, *, gamma: float = 0.9, diagonal: Diagonal = "kept"
+    model: PreTrainedModel,
+    *,
+    gamma: Gamma = 0.9,
+    diagonal: Diagonal = "kept",
+    layers: Sequence[int] | None = None,
+    encoder: bool = False,
 ) -> PreTrainedModel:
     """Switch a model that is already in memory to chain attention, in place, and return it.
 
     The same as ``from_pretrained(..., attn_implementation="chain")`` with ``config.chain_attention`` set. Settings are
-    written to ``model.config``, so that ``save_pretrained`` keeps them.
+    written to ``model.config``, so that ``save_pretrained`` keeps them; in a model made of several, to the config of
+    its text decoder, which alone becomes a chain.
 
     Args:
         model: Any transformers model whose self-attention goes through the attention interface.
-        gamma: Chance of one more hop, in ``[0, 1)``. With 0 the outputs are those of ordinary attention.
-        diagonal: ``"kept"`` or ``"removed"``, see ``ChainAttentionConfig``.
+        gamma: Chance of one more hop, in ``[0, 1)``, of all layers or of each. With 0 the outputs are those of
+            ordinary attention.
+        diagonal: ``"kept"`` or ``"removed"``, see ``ChainAttentionConfig``, as for the next two.
+        layers: Which layers chain; ``None``: all.
+        encoder: Whether the encoder of an encoder-decoder chains too.
 
     Raises:
         TypeError: If ``model`` is no transformers model.
@@ -62,17 +70,18 @@ def enable_chain_attention(
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.")
-    settings = ChainAttentionConfig(gamma=gamma, diagonal=diagonal)
-    check_model(model)
-    before = model.config.__dict__.get("chain_attention")
-    model.config.chain_attention = settings.to_dict()
+    settings = ChainAttentionConfig(gamma=gamma, diagonal=diagonal, layers=layers, encoder=encoder)
+    key = decoder_key(model.config)
+    config = model.config if key is None else getattr(model.config, key)
+    before = config.__dict__.get("chain_attention")
+    config.chain_attention = settings.to_dict()
     try:
         model.set_attn_implementation(NAME)
     except Exception:
         if before is None:
-            del model.config.chain_attention
+            del config.chain_attention
         else:
-            model.config.chain_attention = before
+            config.chain_attention = before
         raise
     return model
 
@@ -91,11 +100,6 @@ def disable_chain_attention(model: PreTrainedModel, *, attn_implementation: str 
         release_model(part)
         part.config.__dict__.pop("chain_attention", None)
     return model
-
-
-def uses_chain(config: PreTrainedConfig) -> bool:
-    """Return whether a model with this config dispatches to chain attention."""
-    return bool(config._attn_implementation == NAME)
 
 
 def parts_of(model: PreTrainedModel) -> list[PreTrainedModel]:
@@ -117,17 +121,10 @@ def check_model(model: PreTrainedModel) -> None:
     Layers of another kind, such as the linear attention of a hybrid model, stay as they are.
 
     Raises:
-        UnsupportedModelError: For a model with several sub-models, with cross-attention, or whose attention never
-            looks at the attention interface.
+        UnsupportedModelError: For a model whose attention never looks at the attention interface, or in which queries
+            and keys may be different tokens in a way that is not known here.
     """
-    config, kind = model.config, type(model).__name__
-    inner = [part.config for part in parts_of(model)]
-    names = [key for key in config.sub_configs if any(getattr(config, key, None) is other for other in inner)]
-    if names:
-        raise UnsupportedModelError(
-            f"{kind} is made of several models ({', '.join(names)}), and chain attention must be asked for by part: "
-            f"pass a dict such as attn_implementation={{'{names[-1]}': 'chain'}}."
-        )
+    kind = type(model).__name__
     found = list(dispatching_modules(model))
     if not found:
         raise never_dispatches(kind)
@@ -158,6 +155,20 @@ def _check_module(kind: str, name: str, module: nn.Module) -> None:
         )
 
 
+class Place(NamedTuple):
+    """What an attention module is to its model, found once because a compiler cannot look for it.
+
+    Args:
+        number: Which layer, from 0.
+        in_encoder: Whether it is one of an encoder-decoder's encoder.
+        parameters: Of its forward, in order.
+    """
+
+    number: int
+    in_encoder: bool
+    parameters: tuple[str, ...]
+
+
 def prepare_model(model: PreTrainedModel) -> None:
     """Check a model that asks for chain attention, guard its attention modules, and complete its config.
 
@@ -176,10 +187,33 @@ def prepare_model(model: PreTrainedModel) -> None:
             "= {'gamma': 0.9} to say that this is meant, or {'gamma': 0.0} for ordinary outputs."
         )
     model.config.chain_attention = settings.to_dict()
-    for _, module in dispatching_modules(model):
+    for position, (_, module) in enumerate(dispatching_modules(model)):
         if not is_guarded(module):
             module.register_forward_pre_hook(_begin, with_kwargs=True)
             module.register_forward_hook(_end, always_call=True)
+        index, names = getattr(module, "layer_idx", None), inspect.signature(type(module).forward).parameters
+        module.__dict__[_PLACE] = Place(position if index is None else index, False, tuple(names)[1:])
+
+
+def mark_places(model: PreTrainedModel) -> None:
+    """Tell the attention modules of the outermost model which layers they are.
+
+    Raises:
+        ValueError: If a list of gammas has no entry for one of them.
+    """
+    for name, module in dispatching_modules(model):
+        if (place := module.__dict__.get(_PLACE)) is None:
+            continue
+        in_encoder = bool(getattr(model.config, "is_encoder_decoder", False)) and _in_encoder(name)
+        settings = ChainAttentionConfig.from_value(getattr(module.config, "chain_attention", None))
+        settings.of_layer(place.number, in_encoder=in_encoder)
+        module.__dict__[_PLACE] = place._replace(in_encoder=in_encoder)
+
+
+def _in_encoder(name: str) -> bool:
+    """Return whether a module's path leads into the encoder: ``decoder.bert.encoder`` does not."""
+    sides = [part for part in name.split(".") if "encoder" in part or "decoder" in part]
+    return bool(sides) and "decoder" not in sides[0]
 
 
 def release_model(model: PreTrainedModel) -> None:
@@ -197,6 +231,7 @@ def release_model(model: PreTrainedModel) -> None:
         for number in [n for n, hook in module._forward_hooks.items() if hook is _end]:
             del module._forward_hooks[number]
             module._forward_hooks_always_called.pop(number, None)
+        module.__dict__.pop(_PLACE, None)
 
 
 def is_guarded(module: nn.Module) -> bool:
@@ -232,10 +267,12 @@ class Call(NamedTuple):
     Args:
         crosses: Keys come from other tokens than queries.
         layer: The layer of the cache, if there is one.
+        place: Which layer of the model the module is.
     """
 
     crosses: bool
     layer: ChainLayer | None
+    place: Place
 
 
 def call_of(module: nn.Module) -> Call | None:
@@ -246,10 +283,8 @@ def call_of(module: nn.Module) -> Call | None:
 
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: see where keys come from, and make the layer of the cache ready for ``U``."""
-    given = kwargs
-    if len(args) > 1:
-        given = _signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-        given |= given.get("kwargs", {})
+    place: Place = module.__dict__[_PLACE]
+    given = dict(zip(place.parameters, args, strict=False)) | kwargs
     for name in _FOREIGN_KEYS:
         # an empty dict stands for "nothing shared"
         if given.get(name) is not None and given[name] != {}:
@@ -258,8 +293,8 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 "exists across them. Use attn_implementation='sdpa' for a model with shared keys."
             )
     # what only passes through a module's **kwargs is not read by it
-    names = _signature(type(module).forward).parameters
-    crosses, layer = any(name in names and given.get(name) is not None for name in _CROSS_ATTENTION), None
+    read = [name for name in _CROSS_ATTENTION if name in place.parameters]
+    crosses, layer = any(given.get(name) is not None for name in read), None
     # by type: the name differs between models
     cache = next((value for value in given.values() if isinstance(value, Cache)), None)
     if cache is not None and not crosses:
@@ -271,7 +306,7 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             )
         layer = chain_layer(cache, index)
         layer.expected = True
-    module.__dict__[_CALL] = Call(crosses, layer)
+    module.__dict__[_CALL] = Call(crosses, layer, place)
 
 
 def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
@@ -285,8 +320,3 @@ def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa
             f"{type(module).__name__} put values into its cache and did not call its attention function: use "
             "use_cache=False with chain attention here."
         )
-
-
-@functools.cache
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(forward)

@@ -222,24 +222,97 @@ def llava():
     return transformers.LlavaConfig(text_config=text, vision_config=vision)
 
 
-def test_models_of_several_parts_are_asked_for_by_part():
-    with pytest.raises(UnsupportedModelError, match=r"LlavaModel is made of several models.*'chain'"):
-        transformers.LlavaModel._from_config(llava(), attn_implementation="chain")
+REQUESTS = {
+    "the whole": "chain",
+    "the whole in a dict": {"": "chain", "text_config": "chain", "vision_config": "sdpa"},
+    "the part": {"text_config": "chain"},
+}
+
+
+@pytest.mark.parametrize("request_", list(REQUESTS))
+@pytest.mark.parametrize("late", [False, True])
+def test_of_a_model_made_of_several_the_text_decoder_becomes_a_chain(request_, late, tmp_path):
+    """Oracle: which implementation each part has, now and after a reload, and where the settings are."""
+    config, asked = llava(), REQUESTS[request_]
+    if request_ == "the part":
+        config.text_config.chain_attention = {"gamma": 0.7}
+    else:
+        config.chain_attention = {"gamma": 0.7}
+    if late:
+        model = transformers.LlavaModel._from_config(config, attn_implementation="sdpa")
+        model.set_attn_implementation(asked)
+    else:
+        model = transformers.LlavaModel._from_config(config, attn_implementation=asked)
+    model.save_pretrained(tmp_path)
+    for each in (model, transformers.LlavaModel.from_pretrained(tmp_path)):
+        assert each.language_model.config._attn_implementation == "chain"
+        assert each.language_model.config.chain_attention == {"gamma": 0.7, "diagonal": "kept"}
+        assert each.vision_tower.config._attn_implementation == "sdpa"
+        assert each.vision_tower.config.chain_attention is None
+        assert each.config._attn_implementation == "sdpa"
+    changed = transformers.LlavaModel.from_pretrained(tmp_path, chain_attention={"gamma": 0.2})
+    assert changed.language_model.config.chain_attention == {"gamma": 0.2, "diagonal": "kept"}
+
+
+def test_a_tower_becomes_a_chain_where_it_is_asked_to():
     model = transformers.LlavaModel._from_config(
-        llava(), attn_implementation={"": "sdpa", "text_config": "chain", "vision_config": "sdpa"}
+        llava(), attn_implementation={"text_config": "sdpa", "vision_config": "chain"}
     )
-    assert model.language_model.config.chain_attention == {"gamma": 0.9, "diagonal": "kept"}
-    assert model.vision_tower.config.chain_attention is None
+    assert model.vision_tower.config.chain_attention == {"gamma": 0.9, "diagonal": "kept"}
+    assert model.language_model.config._attn_implementation == "sdpa"
 
 
 def test_a_failing_switch_restores_every_part():
     model = transformers.LlavaModel._from_config(llava(), attn_implementation="sdpa")
-    with pytest.raises(UnsupportedModelError, match="several models"):
-        model.set_attn_implementation({"": "chain", "text_config": "chain", "vision_config": "sdpa"})
+    model.language_model.config.chain_attention = {"gamma": 2.0}
+    with pytest.raises(ValueError, match="gamma must be in"):
+        model.set_attn_implementation({"": "chain", "vision_config": "chain"})
     assert model.config._attn_implementation == "sdpa"
     assert model.language_model.config._attn_implementation == "sdpa"
-    assert model.language_model.config.chain_attention is None
-    assert not [module for module in model.modules() if module._forward_pre_hooks]
+    assert model.vision_tower.config._attn_implementation == "sdpa"
+    assert not [module for module in model.modules() if module._forward_pre_hooks or module._forward_hooks]
+
+
+def test_the_encoder_of_an_encoder_decoder_is_ordinary_unless_asked(count_dispatches):
+    """Oracle: how many chains there are."""
+    batch = {"input_ids": torch.arange(5, 15)[None], "decoder_input_ids": torch.arange(5, 9)[None]}
+    for encoder, chains in ((False, LAYERS), (True, 2 * LAYERS)):
+        model = enable_chain_attention(tiny_model("bart"), encoder=encoder)
+        count_dispatches.clear()
+        model(**batch, use_cache=False)
+        assert len(count_dispatches) == chains
+
+
+@pytest.mark.parametrize(
+    ("settings", "gammas"),
+    [
+        ({"gamma": [0.1, 0.2, 0.3, 0.4]}, [0.1, 0.2, 0.3, 0.4]),
+        ({"gamma": 0.5, "layers": [1, 3]}, [0.0, 0.5, 0.0, 0.5]),
+        ({"gamma": [0.5, [0.1, 0.2, 0.3, 0.4], 0.6, 0.7]}, [0.5, [0.1, 0.2, 0.3, 0.4], 0.6, 0.7]),
+    ],
+)
+def test_gamma_can_differ_between_layers_and_heads(settings, gammas, monkeypatch, tmp_path):
+    """Oracle: what the operation is called with; 0 is left to sdpa. The settings survive a reload."""
+    seen = []
+
+    def watched(*args, gamma, **kwargs):
+        seen.append(gamma.tolist() if isinstance(gamma, torch.Tensor) else gamma)
+        return chain_attention(*args, gamma=gamma, **kwargs)
+
+    monkeypatch.setattr(integration, "chain_attention", watched)
+    model = enable_chain_attention(tiny_model("llama"), **settings)
+    model.save_pretrained(tmp_path)
+    for each in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        seen.clear()
+        each(torch.arange(5)[None], use_cache=False)
+        assert seen == [gamma for gamma in gammas if gamma != 0.0]
+
+
+def test_a_list_of_gammas_has_an_entry_for_every_layer():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="entry for every layer, got 3 and a layer 3"):
+        enable_chain_attention(model, gamma=[0.5, 0.5, 0.5])
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("value", [{"gamma": 1.0}, {"gamma": -1}, {"gama": 0.5}, {"diagonal": "none"}])
