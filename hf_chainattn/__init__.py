@@ -14,14 +14,18 @@ from hf_chainattn.errors import (
     UnsupportedCacheError,
     UnsupportedModelError,
 )
+from hf_chainattn.gates import ChainGate, gate_parameter_groups
 from hf_chainattn.integration import is_registered, register, unregister
 from hf_chainattn.models import disable_chain_attention, enable_chain_attention
 from hf_chainattn.plots import plot_hops, plot_mixing
 from hf_chainattn.reference import chain_attention_reference
+from hf_chainattn.schedule import GammaSchedule
 
 __all__ = [
     "ChainAttentionConfig",
     "ChainAttentionError",
+    "ChainGate",
+    "GammaSchedule",
     "InexactSolveError",
     "InexactSolveWarning",
     "UnsupportedCacheError",
@@ -31,6 +35,7 @@ __all__ = [
     "chain_decode_step",
     "disable_chain_attention",
     "enable_chain_attention",
+    "gate_parameter_groups",
     "hop_distribution",
     "is_registered",
     "mixing_matrix",

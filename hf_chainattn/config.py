@@ -72,6 +72,15 @@ class ChainAttentionConfig:
         entry = self.gamma[index]
         return entry if isinstance(entry, float) else tuple(entry)
 
+    def start_of(self, index: int, heads: int, *, in_encoder: bool = False) -> tuple[float, ...] | None:
+        """Return what the gate of a layer begins with, one number or one for each head; ``None``: it has no gate."""
+        gamma = self.of_layer(index, in_encoder=in_encoder)
+        if not self.learnable or gamma == 0.0:
+            return None
+        if isinstance(gamma, tuple):
+            return gamma
+        return (gamma,) * (heads if self.per_head else 1)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, as it is written to ``config.json``: what is not as by default, gamma and diagonal."""
         values = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}

@@ -2,10 +2,10 @@
 
 Four things are needed, and ``unregister`` undoes them: the attention function; the mask function, without which
 transformers would drop the padding mask silently; a class attribute ``PreTrainedConfig.chain_attention``, without
-which ``from_pretrained(..., chain_attention={...})`` is refused; and wrappers around four methods of
+which ``from_pretrained(..., chain_attention={...})`` is refused; and wrappers around five methods of
 ``PreTrainedModel``. ``__init__`` begins and ``post_init`` ends every construction, ``set_attn_implementation`` makes
 every change: there a model that cannot run as a chain says so instead of ignoring it. ``save_pretrained`` writes the
-name into the config.
+name into the config, ``_initialize_weights`` begins gates that a checkpoint lacks.
 """
 
 import functools
@@ -22,6 +22,7 @@ from transformers.utils import logging
 from hf_chainattn.api import chain_attention
 from hf_chainattn.config import ChainAttentionConfig
 from hf_chainattn.errors import UnsupportedModelError
+from hf_chainattn.gates import ChainGate, gate_of
 from hf_chainattn.generation import attend_with_cache
 from hf_chainattn.models import (
     call_of,
@@ -148,7 +149,7 @@ def chain_attention_forward(
     if others.get("output_attentions"):
         logger.warning_once("Chain attention returns no attention weights: output_attentions=True has no effect.")
     mask, settings = _with_bias(attention_mask, position_bias), ChainAttentionConfig.from_value(stored)
-    gamma = settings.of_layer(call.place.number, in_encoder=call.place.in_encoder)
+    gamma: float | tuple[float, ...] | Tensor = settings.of_layer(call.place.number, in_encoder=call.place.in_encoder)
     # what is ordinary is left to sdpa, which has no softcap and knows no U in a cache
     if call.crosses or (gamma == 0.0 and softcap is None and call.layer is None):
         if softcap is not None:
@@ -156,8 +157,13 @@ def chain_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
         )
+    gate = gate_of(module)
+    if gate is not None:
+        gamma = gate()
+    elif isinstance(gamma, tuple):
+        gamma = torch.tensor(gamma, dtype=torch.float64)
     options: dict[str, Any] = {
-        "gamma": torch.tensor(gamma, dtype=torch.float64) if isinstance(gamma, tuple) else gamma,
+        "gamma": gamma,
         "diagonal": settings.diagonal,
         "scale": scaling,
         "softcap": softcap,
@@ -272,11 +278,21 @@ def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, *args
     original(model, *args, **kwargs)
 
 
+@_wrapping
+def _initialize_weights(original: Callable[..., Any], model: PreTrainedModel, module: nn.Module, *args: Any) -> None:
+    # a base checkpoint has no gates; each model type knows only its own modules, and would leave them as they are
+    if isinstance(module, ChainGate):
+        module.reset_parameters()
+        return
+    original(model, module, *args)
+
+
 _WRAPPERS = {
     "__init__": _init,
     "post_init": _post_init,
     "set_attn_implementation": _set_attn_implementation,
     "save_pretrained": _save_pretrained,
+    "_initialize_weights": _initialize_weights,
 }
 
 

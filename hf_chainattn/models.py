@@ -11,6 +11,7 @@ from transformers.utils import logging
 from hf_chainattn.cache import ChainLayer, chain_layer
 from hf_chainattn.config import ChainAttentionConfig, Diagonal, Gamma
 from hf_chainattn.errors import UnsupportedModelError
+from hf_chainattn.gates import keep_in_float32, set_gate
 from hf_chainattn.parts import NAME, decoder_key, uses_chain
 
 # where a module keeps which layer it is, and what is known of its call while it lasts
@@ -40,6 +41,8 @@ def enable_chain_attention(
     diagonal: Diagonal = "kept",
     layers: Sequence[int] | None = None,
     encoder: bool = False,
+    learnable: bool = False,
+    per_head: bool = False,
 ) -> PreTrainedModel:
     """Switch a model that is already in memory to chain attention, in place, and return it.
 
@@ -54,6 +57,8 @@ def enable_chain_attention(
         diagonal: ``"kept"`` or ``"removed"``, see ``ChainAttentionConfig``, as for the next two.
         layers: Which layers chain; ``None``: all.
         encoder: Whether the encoder of an encoder-decoder chains too.
+        learnable: Whether gamma is a parameter that begins at ``gamma``.
+        per_head: Whether every head has one of its own then.
 
     Raises:
         TypeError: If ``model`` is no transformers model.
@@ -70,7 +75,9 @@ def enable_chain_attention(
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.")
-    settings = ChainAttentionConfig(gamma=gamma, diagonal=diagonal, layers=layers, encoder=encoder)
+    settings = ChainAttentionConfig(
+        gamma=gamma, diagonal=diagonal, layers=layers, encoder=encoder, learnable=learnable, per_head=per_head
+    )
     key = decoder_key(model.config)
     config = model.config if key is None else getattr(model.config, key)
     before = config.__dict__.get("chain_attention")
@@ -89,7 +96,7 @@ def enable_chain_attention(
 def disable_chain_attention(model: PreTrainedModel, *, attn_implementation: str = "sdpa") -> PreTrainedModel:
     """Return the model to an ordinary attention implementation, in place, and return it.
 
-    Hooks and config entries of this package are gone afterwards; weights were never touched.
+    Hooks, gates and config entries of this package are gone afterwards; other weights were never touched.
 
     Args:
         model: A model with chain attention; on any other it only sets the implementation.
@@ -187,6 +194,7 @@ def prepare_model(model: PreTrainedModel) -> None:
             "= {'gamma': 0.9} to say that this is meant, or {'gamma': 0.0} for ordinary outputs."
         )
     model.config.chain_attention = settings.to_dict()
+    keep_in_float32(model)
     for position, (_, module) in enumerate(dispatching_modules(model)):
         if not is_guarded(module):
             module.register_forward_pre_hook(_begin, with_kwargs=True)
@@ -208,6 +216,22 @@ def mark_places(model: PreTrainedModel) -> None:
         settings = ChainAttentionConfig.from_value(getattr(module.config, "chain_attention", None))
         settings.of_layer(place.number, in_encoder=in_encoder)
         module.__dict__[_PLACE] = place._replace(in_encoder=in_encoder)
+        start = settings.start_of(place.number, _heads_of(module), in_encoder=in_encoder)
+        set_gate(module, None if _is_cross_attention(name) else start)
+
+
+def _is_cross_attention(name: str) -> bool:
+    """Return whether a module's name says that it attends to an encoder: its gate would never be used."""
+    last = name.rpartition(".")[2].lower()
+    return any(word in last for word in ("cross", "encoder", "encdec"))
+
+
+def _heads_of(module: nn.Module) -> int:
+    """Return the number of query heads of an attention module."""
+    for name in ("num_heads", "num_attention_heads", "n_heads", "n_head"):
+        if isinstance(heads := getattr(module, name, None), int):
+            return heads
+    return int(module.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
 
 
 def _in_encoder(name: str) -> bool:
@@ -232,6 +256,7 @@ def release_model(model: PreTrainedModel) -> None:
             del module._forward_hooks[number]
             module._forward_hooks_always_called.pop(number, None)
         module.__dict__.pop(_PLACE, None)
+        set_gate(module, None)
 
 
 def is_guarded(module: nn.Module) -> bool:
