@@ -1,4 +1,4 @@
-"""Chain attention: time against other ways to attend, memory, growth with T, threads and compilation.
+"""Chain attention: time against other ways to attend, memory, growth with T, threads, compilation and decoding.
 
 Float32, 8 heads of 64, gamma 0.9. ``python -m benchmarks.chain memory curve`` prints some parts and writes nothing;
 with ``--into chain.json`` they take the place of the same parts of that run.
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.chain_compile import compile_time
+from benchmarks.chain_decode import decode_over_sdpa
 from benchmarks.chain_memory import curve, memory
 from benchmarks.chain_times import (
     LONGER,
@@ -34,6 +35,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "curve": curve,
     "threads": one_thread_over_two,
     "compile": compile_time,
+    "decode": decode_over_sdpa,
 }
 
 

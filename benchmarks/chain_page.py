@@ -39,6 +39,11 @@ The time on one thread over that on two.""",
 
 Seconds that the first call of `torch.compile(model, fullgraph=True)` takes longer with chain attention than with sdpa:
 a forward pass without gradients, nothing cached, median and range.""",
+    "decode": """### Decoding with a cache
+
+The time of a token of a Llama with four layers, 512 wide, 8 query heads, after a prompt, over that with sdpa, both with
+a dynamic cache. `relative_error` is that of the logits to those without a cache. The cache of chain attention holds `U`
+for every query head: with grouped heads it is larger.""",
 }
 
 

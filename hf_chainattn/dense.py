@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from hf_chainattn.linalg import solve
-from hf_chainattn.masks import AttentionMask
+from hf_chainattn.masks import AttentionMask, hidden_by
+from hf_chainattn.precision import without_autocast
 
 
 def dense_chain_attention(
@@ -69,6 +70,34 @@ def attention_matrix(
     everything = slice(0, query.shape[-2])
     mask.apply_(logits, everything, everything)
     return softmax(logits)
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, mask: Tensor | None, *, scale: float | None, softcap: float | None
+) -> Tensor:
+    """Return softmax attention of queries to any keys ``[B, H, C, K]``, for those who ask a model for it.
+
+    Args:
+        query: ``[B, H, C, D]``.
+        key: ``[B, H_kv, K, D]``.
+        mask: Boolean or additive, broadcastable to the result; ``None``: everything is visible.
+        scale: Factor on the logits. ``None`` means ``D ** -0.5``.
+        softcap: Bound on the logits, before the mask.
+
+    Returns:
+        In the dtype of ``query``; computed in float32 at least. A row that sees nothing is 0.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with without_autocast(query):
+        keys = key.to(dtype).repeat_interleave(query.shape[1] // key.shape[1], 1)
+        logits = query.to(dtype) @ keys.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        if mask is not None and mask.dtype == torch.bool:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        elif mask is not None:
+            logits = (logits + mask).masked_fill(hidden_by(mask), -torch.inf)
+        return softmax(logits).to(query.dtype)
 
 
 def softmax(logits: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from hf_chainattn.api import chain_attention
 from hf_chainattn.config import ChainAttentionConfig
+from hf_chainattn.dense import attention_weights
 from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.gates import ChainGate, gate_of
 from hf_chainattn.generation import attend_with_cache
@@ -109,7 +110,7 @@ def chain_attention_forward(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     **others: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls; see ``chain_attention`` for the operation.
 
     Args:
@@ -128,7 +129,8 @@ def chain_attention_forward(
         others: Whatever else is handed on; refused unless it is known not to matter.
 
     Returns:
-        ``[B, T, H, E]``, and ``None`` for the attention weights.
+        ``[B, T, H, E]``, and with ``output_attentions`` ordinary attention ``A``, ``[B, H, T, S]``, of which the
+        chain is made; else ``None``.
 
     Raises:
         UnsupportedCacheError: If there are other keys than queries, as there are with a cache.
@@ -146,17 +148,19 @@ def chain_attention_forward(
             f"{type(module).__name__} hands {strange} to its attention, which chain attention does not know and may "
             "not ignore: use attn_implementation='eager' for this model, or call it without them."
         )
-    if others.get("output_attentions"):
-        logger.warning_once("Chain attention returns no attention weights: output_attentions=True has no effect.")
     mask, settings = _with_bias(attention_mask, position_bias), ChainAttentionConfig.from_value(stored)
+    attention = None
+    if others.get("output_attentions"):
+        attention = attention_weights(query, key, mask, scale=scaling, softcap=softcap)
     gamma: float | tuple[float, ...] | Tensor = settings.of_layer(call.place.number, in_encoder=call.place.in_encoder)
     # what is ordinary is left to sdpa, which has no softcap and knows no U in a cache
     if call.crosses or (gamma == 0.0 and softcap is None and call.layer is None):
         if softcap is not None:
             raise UnsupportedModelError(f"{type(module).__name__} softcaps cross-attention, which sdpa cannot do.")
-        return sdpa_attention_forward(
+        output, _ = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
         )
+        return output, attention
     gate = gate_of(module)
     if gate is not None:
         gamma = gate()
@@ -175,7 +179,7 @@ def chain_attention_forward(
         if mask is None:
             mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
         output = attend_with_cache(call.layer, query, key, value, mask, **options)
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous(), attention
 
 
 def chain_mask(

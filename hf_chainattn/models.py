@@ -14,6 +14,8 @@ from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.gates import keep_in_float32, set_gate
 from hf_chainattn.parts import NAME, decoder_key, uses_chain
 
+# of models with chain attention on the Hub
+TAG = "chain-attention"
 # where a module keeps which layer it is, and what is known of its call while it lasts
 _PLACE, _CALL = "_chain_place", "_chain_call"
 
@@ -195,6 +197,8 @@ def prepare_model(model: PreTrainedModel) -> None:
         )
     model.config.chain_attention = settings.to_dict()
     keep_in_float32(model)
+    # reaches the model card, also through Trainer.push_to_hub
+    model.add_model_tags(TAG)
     for position, (_, module) in enumerate(dispatching_modules(model)):
         if not is_guarded(module):
             module.register_forward_pre_hook(_begin, with_kwargs=True)
@@ -245,6 +249,8 @@ def release_model(model: PreTrainedModel) -> None:
 
     A part inside the model that still uses chain attention keeps its guards.
     """
+    if TAG in (model.model_tags or ()):
+        model.model_tags.remove(TAG)
     for _, module in dispatching_modules(model):
         if (config := getattr(module, "config", None)) is not None and uses_chain(config):
             continue

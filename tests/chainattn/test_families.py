@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_chainattn import UnsupportedModelError, enable_chain_attention
+from hf_chainattn import UnsupportedModelError, disable_chain_attention, enable_chain_attention
 
 SIZES = {
     "hidden_size": 32,
@@ -177,11 +177,34 @@ def test_a_failed_switch_leaves_no_entry_in_the_config(monkeypatch):
     assert model.config.to_dict() == before
 
 
-def test_attention_weights_are_said_not_to_come(monkeypatch):
-    said = []
-    monkeypatch.setattr("hf_chainattn.integration.logger.warning_once", said.append)
-    model = enable_chain_attention(built(transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES)))
-    model(IDS, use_cache=False)
-    assert said == []
-    model(IDS, use_cache=False, output_attentions=True)
-    assert "no attention weights" in said[0]
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_attention_weights_are_those_of_ordinary_attention(use_cache):
+    """Oracle: eager attention of the first layer, whose input is the same; with a mask, in a second pass too."""
+    sizes = SIZES | {"num_key_value_heads": 2}
+    model = built(transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes))
+    mask = torch.ones_like(IDS)
+    mask[0, :2] = 0
+    found = []
+    for implementation in ("eager", "chain"):
+        model.set_attn_implementation(implementation)
+        parts = [model(IDS, attention_mask=mask, use_cache=use_cache, output_attentions=True)]
+        if use_cache:
+            longer = torch.cat([mask, mask[:, -2:]], 1)
+            past = parts[0].past_key_values
+            parts.append(model(IDS[:, :2], attention_mask=longer, past_key_values=past, output_attentions=True))
+        found.append([part.attentions[0] for part in parts])
+    real = mask.bool()[:, None, :, None]
+    torch.testing.assert_close(found[1][0] * real, found[0][0] * real, rtol=1e-4, atol=1e-6)
+    for eager, chain in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(chain, eager, rtol=1e-4, atol=1e-6)
+
+
+def test_models_are_tagged_while_they_are_chains():
+    """The tag that reaches the model card through push_to_hub."""
+    model = built(transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES))
+    model.add_model_tags("mine")
+    enable_chain_attention(model)
+    enable_chain_attention(model, gamma=0.5)
+    assert model.model_tags == ["mine", "chain-attention"]
+    disable_chain_attention(model)
+    assert model.model_tags == ["mine"]
