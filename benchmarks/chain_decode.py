@@ -1,4 +1,4 @@
-"""Generation with a cache: the time of a token with chain attention over that with sdpa, and the size of the caches."""
+"""Generation with a cache: the time of a token with chain attention over that with sdpa, and how large caches are."""
 
 import functools
 from collections.abc import Iterator

@@ -41,9 +41,9 @@ Seconds that the first call of `torch.compile(model, fullgraph=True)` takes long
 a forward pass without gradients, nothing cached, median and range.""",
     "decode": """### Decoding with a cache
 
-The time of a token of a Llama with four layers, 512 wide, 8 query heads, after a prompt, over that with sdpa, both with
-a dynamic cache. `relative_error` is that of the logits to those without a cache. The cache of chain attention holds `U`
-for every query head: with grouped heads it is larger.""",
+The time of a token of a Llama with four layers, 512 wide, 8 query heads, after a prompt, over that with sdpa, both
+with a dynamic cache. `relative_error` is that of the logits to those without a cache. The cache of chain attention
+holds `U` for every query head: with grouped heads it is larger.""",
 }
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from hf_chainattn import chain_attention
 from hf_chainattn.dropout import _backward_operator as dropout_backward
@@ -159,3 +159,28 @@ def test_operators_are_registered_soundly(causal, tokens):
     detached = [tensor.detach() for tensor in read[:4]]
     back = (output, *detached, *given, seed, *masks[3:], *settings, 0.2, True)
     torch.library.opcheck(dropout_backward, back, test_utils=checks)
+
+
+def test_a_decode_step_compiles_once_for_all_tokens():
+    """Oracle: the same steps without the compiler. The cache is static; the graph is one, whatever the position."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 64}
+    config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
+    config.chain_attention = {"gamma": 0.9}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="chain").eval()
+    ids = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
+    graphs, results = [], []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for step in (model, torch.compile(model, fullgraph=True, backend=backend)):
+        cache = StaticCache(config=config, max_cache_len=16)
+        with torch.no_grad():
+            logits = [model(ids[:, :6], past_key_values=cache).logits]
+            for token in range(6, 12):
+                position = torch.tensor([[token]])
+                logits.append(step(ids[:, token : token + 1], past_key_values=cache, position_ids=position).logits)
+        results.append(torch.cat(logits, 1))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1

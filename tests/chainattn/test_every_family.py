@@ -46,7 +46,11 @@ NOT_COMPARABLE = {"vit_mae", "nemotron_asr_streaming_encoder", "recurrent_gemma"
 CLASSES = sorted(
     {
         (model_type, name)
-        for mapping in (modeling_auto.MODEL_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        for mapping in (
+            modeling_auto.MODEL_MAPPING_NAMES,
+            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        )
         for model_type, names in mapping.items()
         for name in ([names] if isinstance(names, str) else names)
         if model_type not in NOT_COMPARABLE and model_type in CONFIG_MAPPING and hasattr(transformers, name)
@@ -126,20 +130,35 @@ def inputs(model, padding):
     elif padding == "right":
         mask[1, -4:] = 0
     ids = torch.randint(5, 100, (2, TOKENS), generator=generator)
-    return {"input_ids": ids, "attention_mask": mask}
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if getattr(model.config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids[:, :7].flip(1)
+    return batch
 
 
 def first_output(model, batch):
     with torch.no_grad():
         output = model(**batch)[0]
-    return output[batch["attention_mask"].bool()] if "attention_mask" in batch else output
+    masked = "attention_mask" in batch and "decoder_input_ids" not in batch
+    return output[batch["attention_mask"].bool()] if masked else output
 
 
-def oracle(eager, seen):
+def crossing(model):
+    """The attention modules whose names say that they attend to an encoder."""
+    return {
+        module
+        for name, module in model.named_modules()
+        if any(word in name.rpartition(".")[2].lower() for word in ("cross", "encoder_attn", "encdec", "encoder_att"))
+    }
+
+
+def oracle(eager, seen, ordinary):
     """The model's own eager attention, its output replaced by the solve with the weights that it returns."""
 
     def forward(module, query, key, value, attention_mask, *args, **kwargs):
         output, weights = eager(module, query, key, value, attention_mask, *args, **kwargs)
+        if module in ordinary:
+            return output, weights
         seen.append(module)
         attention = torch.nan_to_num(weights.double())
         values = value.repeat_interleave(attention.shape[1] // value.shape[1], 1).double()
@@ -151,12 +170,12 @@ def oracle(eager, seen):
 
 
 @contextlib.contextmanager
-def in_the_eager_path(monkeypatch, seen):
+def in_the_eager_path(monkeypatch, seen, ordinary):
     with monkeypatch.context() as patch:
         for name, module in list(sys.modules.items()):
             eager = getattr(module, "eager_attention_forward", None)
             if name.startswith("transformers.models.") and eager is not None:
-                patch.setattr(module, "eager_attention_forward", oracle(eager, seen))
+                patch.setattr(module, "eager_attention_forward", oracle(eager, seen, ordinary))
         yield
 
 
@@ -187,7 +206,7 @@ def test_a_model_type_is_chain_attention_or_refused(model_type, name, monkeypatc
         counted.clear()
         chained_output(model, batch, GAMMA)
         seen = []
-        with in_the_eager_path(monkeypatch, seen):
+        with in_the_eager_path(monkeypatch, seen, crossing(model)):
             assert relative(walked, first_output(model, batch)) <= tolerance, f"gamma {GAMMA}, padding {padding}"
         assert len(counted) == len(seen) > 0
         if "attention_mask" not in batch:
@@ -198,7 +217,7 @@ def chained_output(model, batch, gamma):
     """The output with chain attention; the model is back on eager attention afterwards."""
     for part in model.modules():
         if hasattr(part, "set_attn_implementation"):
-            part.config.chain_attention = {"gamma": gamma}
+            part.config.chain_attention = {"gamma": gamma, "encoder": True}
     try:
         model.set_attn_implementation("chain")
         return first_output(model, batch)

@@ -1,0 +1,1 @@
+"""Examples of chain attention by itself."""
