@@ -1,4 +1,4 @@
-"""``python -m examples.chainattn.upgrade``: bring chain attention into a layer that was trained with ordinary attention.
+"""``python -m examples.chainattn.upgrade``: bring chain attention into a layer trained with ordinary attention.
 
 Trains one ordinary layer on ChainTrack, then fine-tunes copies of it: with gamma rising from 0 (``GammaSchedule``),
 with gamma at its end from the first step on, and with ordinary attention as before. Writes a JSON of the accuracies.
