@@ -265,19 +265,17 @@ def _solve(
     to_past, to_new = _split(attention, places, rows)
     read = to_past @ past_u
     right = halting * value.repeat_interleave(attention.shape[1] // value.shape[1], 1) + hop * read
+    off_mass = to_past.sum(-1, keepdim=True)
+    if rows == 1:
+        # attention of the token to itself is a number, and nothing has to be solved
+        u = right / _pivot(off_mass, to_new, hop, halting) if kept else right
+        return read + to_new * u, u
     on_diagonal = torch.eye(rows, dtype=torch.bool, device=attention.device)
     elsewhere = to_new.masked_fill(on_diagonal, 0.0)
-    pivot = torch.ones_like(attention[..., :1])
+    pivot = torch.ones_like(off_mass)
     if kept:
-        # 1 - gamma a_tt written as a sum of positive terms, which holds since rows of A sum to 1
-        off_mass = to_past.sum(-1, keepdim=True) + elsewhere.sum(-1, keepdim=True)
-        # a token that sees nothing has a pivot of 1, and no walk
-        nothing = (off_mass == 0) & (to_new.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) == 0)
-        pivot = (halting + hop * off_mass).masked_fill(nothing, 1.0)
-    if rows == 1:
-        # attention of the token to itself is a number
-        u = right / pivot
-        return read + to_new * u, u
+        own = to_new.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        pivot = _pivot(off_mass + elsewhere.sum(-1, keepdim=True), own, hop, halting)
     system = torch.where(on_diagonal, pivot, -hop * elsewhere)
     if triangular:
         # row-major operands make this twice as fast as solving from the left
@@ -285,3 +283,11 @@ def _solve(
     else:
         u = solve(system, right)
     return read + to_new @ u, u
+
+
+def _pivot(off_mass: Tensor, own: Tensor, hop: Tensor, halting: Tensor) -> Tensor:
+    """Return ``1 - gamma a_tt`` as a sum of positive terms, which holds since rows of ``A`` sum to 1.
+
+    A token that sees nothing has a pivot of 1, and no walk.
+    """
+    return (halting + hop * off_mass).masked_fill((off_mass == 0) & (own == 0), 1.0)

@@ -20,13 +20,13 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from hf_chainattn.api import chain_attention
+from hf_chainattn.calls import call_of
 from hf_chainattn.config import ChainAttentionConfig
 from hf_chainattn.dense import attention_weights
 from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.gates import ChainGate, gate_of
 from hf_chainattn.generation import attend_with_cache
 from hf_chainattn.models import (
-    call_of,
     check_model,
     mark_places,
     name_in_config,
@@ -34,6 +34,7 @@ from hf_chainattn.models import (
     parts_of,
     prepare_model,
     release_model,
+    tag,
 )
 from hf_chainattn.parts import NAME, decoder_key, hand_down, narrow, uses_chain
 
@@ -308,4 +309,5 @@ def _settle(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
         else:
             release_model(part)
     mark_places(model)
+    tag(model)
     name_in_config(model.config)

@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_chainattn.cache import ChainLayer, chain_layer
+from hf_chainattn.calls import place_of, set_place, unwatch, watch
 from hf_chainattn.config import ChainAttentionConfig, Diagonal, Gamma
 from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.gates import keep_in_float32, set_gate
@@ -16,20 +16,6 @@ from hf_chainattn.parts import NAME, decoder_key, uses_chain
 
 # of models with chain attention on the Hub
 TAG = "chain-attention"
-# where a module keeps which layer it is, and what is known of its call while it lasts
-_PLACE, _CALL = "_chain_place", "_chain_call"
-
-# a value for a parameter of one of these names makes the call cross-attention, which is never a chain
-_CROSS_ATTENTION = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
-# under one of these, keys or values come from other tokens than the queries in a way that is not known here
-_FOREIGN_KEYS = (
-    "key_hidden_states",
-    "value_hidden_states",
-    "value_embeds",
-    "context",
-    "context_hidden_states",
-    "shared_kv_states",
-)
 # modules that dispatch twice and subtract: the difference of two chains is not the chain of the difference
 _DIFFERENTIAL = ("DiffLlamaAttention",)
 
@@ -164,20 +150,6 @@ def _check_module(kind: str, name: str, module: nn.Module) -> None:
         )
 
 
-class Place(NamedTuple):
-    """What an attention module is to its model, found once because a compiler cannot look for it.
-
-    Args:
-        number: Which layer, from 0.
-        in_encoder: Whether it is one of an encoder-decoder's encoder.
-        parameters: Of its forward, in order.
-    """
-
-    number: int
-    in_encoder: bool
-    parameters: tuple[str, ...]
-
-
 def prepare_model(model: PreTrainedModel) -> None:
     """Check a model that asks for chain attention, guard its attention modules, and complete its config.
 
@@ -197,14 +169,8 @@ def prepare_model(model: PreTrainedModel) -> None:
         )
     model.config.chain_attention = settings.to_dict()
     keep_in_float32(model)
-    # reaches the model card, also through Trainer.push_to_hub
-    model.add_model_tags(TAG)
     for position, (_, module) in enumerate(dispatching_modules(model)):
-        if not is_guarded(module):
-            module.register_forward_pre_hook(_begin, with_kwargs=True)
-            module.register_forward_hook(_end, always_call=True)
-        index, names = getattr(module, "layer_idx", None), inspect.signature(type(module).forward).parameters
-        module.__dict__[_PLACE] = Place(position if index is None else index, False, tuple(names)[1:])
+        watch(module, position)
 
 
 def mark_places(model: PreTrainedModel) -> None:
@@ -214,20 +180,21 @@ def mark_places(model: PreTrainedModel) -> None:
         ValueError: If a list of gammas has no entry for one of them.
     """
     for name, module in dispatching_modules(model):
-        if (place := module.__dict__.get(_PLACE)) is None:
+        if (place := place_of(module)) is None:
             continue
         in_encoder = bool(getattr(model.config, "is_encoder_decoder", False)) and _in_encoder(name)
         settings = ChainAttentionConfig.from_value(getattr(module.config, "chain_attention", None))
         settings.of_layer(place.number, in_encoder=in_encoder)
-        module.__dict__[_PLACE] = place._replace(in_encoder=in_encoder)
+        set_place(module, place._replace(in_encoder=in_encoder))
         start = settings.start_of(place.number, _heads_of(module), in_encoder=in_encoder)
         set_gate(module, None if _is_cross_attention(name) else start)
 
 
 def _is_cross_attention(name: str) -> bool:
     """Return whether a module's name says that it attends to an encoder: its gate would never be used."""
-    last = name.rpartition(".")[2].lower()
-    return any(word in last for word in ("cross", "encoder", "encdec"))
+    # BERT's is called crossattention.self, BART's encoder_attn, T5's EncDecAttention
+    last = name.lower().split(".")[-2:]
+    return any("cross" in part for part in last) or any(word in last[-1] for word in ("encoder", "encdec"))
 
 
 def _heads_of(module: nn.Module) -> int:
@@ -249,25 +216,19 @@ def release_model(model: PreTrainedModel) -> None:
 
     A part inside the model that still uses chain attention keeps its guards.
     """
-    if TAG in (model.model_tags or ()):
-        model.model_tags.remove(TAG)
     for _, module in dispatching_modules(model):
         if (config := getattr(module, "config", None)) is not None and uses_chain(config):
             continue
-        # by identity and not by a kept handle: a deep copy of the model has the hook, but no handle to it
-        for number in [n for n, hook in module._forward_pre_hooks.items() if hook is _begin]:
-            del module._forward_pre_hooks[number]
-            module._forward_pre_hooks_with_kwargs.pop(number, None)
-        for number in [n for n, hook in module._forward_hooks.items() if hook is _end]:
-            del module._forward_hooks[number]
-            module._forward_hooks_always_called.pop(number, None)
-        module.__dict__.pop(_PLACE, None)
+        unwatch(module)
         set_gate(module, None)
 
 
-def is_guarded(module: nn.Module) -> bool:
-    """Return whether an attention module belongs to a model that ``prepare_model`` has seen."""
-    return _begin in module._forward_pre_hooks.values()
+def tag(model: PreTrainedModel) -> None:
+    """Give the outermost model the tag that reaches its model card, also through Trainer, or take it away."""
+    if any(uses_chain(part.config) for part in parts_of(model)):
+        model.add_model_tags(TAG)
+    elif TAG in (model.model_tags or ()):
+        model.model_tags.remove(TAG)
 
 
 def name_in_config(config: PreTrainedConfig) -> None:
@@ -290,64 +251,3 @@ def _asked_for(config: PreTrainedConfig) -> str | dict[str, Any] | None:
     if not asked or (own and all(value == NAME for value in asked.values()) and len(asked) == len(inner)):
         return own
     return asked | ({"": own} if own else {})
-
-
-class Call(NamedTuple):
-    """What the attention function must know of the call of its module, and is not handed.
-
-    Args:
-        crosses: Keys come from other tokens than queries.
-        layer: The layer of the cache, if there is one.
-        place: Which layer of the model the module is.
-    """
-
-    crosses: bool
-    layer: ChainLayer | None
-    place: Place
-
-
-def call_of(module: nn.Module) -> Call | None:
-    """Return the call that an attention module is in; ``None`` if the module belongs to no prepared model."""
-    call: Call | None = module.__dict__.get(_CALL)
-    return call
-
-
-def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: see where keys come from, and make the layer of the cache ready for ``U``."""
-    place: Place = module.__dict__[_PLACE]
-    given = dict(zip(place.parameters, args, strict=False)) | kwargs
-    for name in _FOREIGN_KEYS:
-        # an empty dict stands for "nothing shared"
-        if given.get(name) is not None and given[name] != {}:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} was called with {name}: its keys are not its queries' tokens, and no chain "
-                "exists across them. Use attn_implementation='sdpa' for a model with shared keys."
-            )
-    # what only passes through a module's **kwargs is not read by it
-    read = [name for name in _CROSS_ATTENTION if name in place.parameters]
-    crosses, layer = any(given.get(name) is not None for name in read), None
-    # by type: the name differs between models
-    cache = next((value for value in given.values() if isinstance(value, Cache)), None)
-    if cache is not None and not crosses:
-        index = getattr(module, "layer_idx", None)
-        if index is None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} has no layer_idx, so that its layer of the cache is not known: use "
-                "use_cache=False."
-            )
-        layer = chain_layer(cache, index)
-        layer.expected = True
-    module.__dict__[_CALL] = Call(crosses, layer, place)
-
-
-def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
-    """Forward hook, called after errors too: a module that kept the cache would keep its memory, and not be copied."""
-    call = module.__dict__.pop(_CALL, None)
-    if call is None or call.layer is None:
-        return
-    call.layer.expected = False
-    if output is not None and call.layer.waiting:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} put values into its cache and did not call its attention function: use "
-            "use_cache=False with chain attention here."
-        )
