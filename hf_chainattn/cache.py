@@ -94,8 +94,8 @@ class ChainLayer(CacheLayerMixin):
         return bool(self.get_seq_length() == 0)
 
 
-class ChainDynamicLayer(ChainLayer, DynamicLayer):
-    """A layer that grows with every token."""
+class _ChainAtTheEnd(ChainLayer):
+    """The newest tokens are the last ones."""
 
     def _write(self, u: Tensor) -> None:
         # a window may have let go of some of the new tokens already
@@ -110,7 +110,56 @@ class ChainDynamicLayer(ChainLayer, DynamicLayer):
             self.values[:, :, self.values.shape[-2] - count :] = u
 
 
-class ChainDynamicSlidingWindowLayer(ChainDynamicLayer, DynamicSlidingWindowLayer):
+class _RoomyLayer(DynamicLayer):
+    """A dynamic layer with room for more tokens, so that not everything is copied for each: a quarter more than held.
+
+    ``keys`` and ``values`` are views of the beginning of larger tensors. Whatever replaces them by other tensors, as
+    a change of beams does, makes new room at the next token.
+    """
+
+    keys: Tensor
+    values: Tensor
+    _rooms: dict[str, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys ``[B, H, C, D]`` and values ``[B, H', C, E]``, and return all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._appended("keys", self.keys, key_states)
+        self.values = self._appended("values", self.values, value_states)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget everything, the room too."""
+        super().reset()
+        self._rooms = None
+
+    def _appended(self, name: str, held: Tensor, new: Tensor) -> Tensor:
+        # a prompt as it comes; and nothing that a graph may have kept, or is being traced, is changed in place
+        if held.numel() == 0 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.cat([held, new], dim=-2)
+        start, stop = held.shape[-2], held.shape[-2] + new.shape[-2]
+        rooms = self._rooms if self._rooms is not None else {}
+        room = rooms.get(name)
+        if room is None or room.shape[-2] < stop or not _begins(room, held):
+            room = held.new_empty(*held.shape[:2], stop + max(stop // 4, 64), held.shape[-1])
+            room[:, :, :start] = held
+            rooms[name], self._rooms = room, rooms
+        room[:, :, start:stop] = new
+        return room[:, :, :stop]
+
+
+def _begins(room: Tensor, held: Tensor) -> bool:
+    """Return whether ``held`` is the beginning of ``room``, which may be written to."""
+    same = held.data_ptr() == room.data_ptr() and held.stride() == room.stride() and held.shape[:2] == room.shape[:2]
+    return same and (not room.is_inference() or torch.is_inference_mode_enabled())
+
+
+class ChainDynamicLayer(_ChainAtTheEnd, _RoomyLayer):
+    """A layer that grows with every token."""
+
+
+class ChainDynamicSlidingWindowLayer(_ChainAtTheEnd, DynamicSlidingWindowLayer):
     """A layer that grows up to the size of its window."""
 
 

@@ -162,9 +162,10 @@ def generated(model, family, strategy, cache, batch, padded):
     return model.generate(prompt, attention_mask=mask, max_new_tokens=14, min_new_tokens=14, pad_token_id=0, **options)
 
 
+# with random weights T5, which sees no more of places than their distance, repeats one token, which proves nothing
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "t5"])
 def test_generate_gives_the_tokens_that_it_gives_without_a_cache(family, strategy, cache):
     """Oracle: generation without a cache, greedy where the strategy needs one; only what sdpa can do is asked for."""
     compared = 0
@@ -219,6 +220,30 @@ def test_batches_of_a_cache_can_be_repeated_selected_and_reordered():
         found = model(rows[:, 10:], past_key_values=cache).logits
         whole = model(rows, use_cache=False).logits[:, 10:]
     assert (found - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+def test_a_growing_cache_seldom_moves():
+    """Oracle: places in memory, and logits. Room is made once for many tokens, and again after a reordering."""
+    model = decoder("llama", "chain")
+    ids, places = ids_of(), []
+    with torch.inference_mode():
+        cache = model(ids[:, :8]).past_key_values
+        logits = []
+        for token in range(8, TOKENS):
+            logits.append(model(ids[:, token : token + 1], past_key_values=cache).logits)
+            places.append(cache.layers[0].values.data_ptr())
+            if token == 15:
+                cache.reorder_cache(torch.tensor([0, 1]))
+    assert len(set(places[:8])) == len(set(places[8:])) == 1
+    whole = at_once(model, "llama")[:, 8:]
+    assert (torch.cat(logits, 1) - whole).abs().max() <= 1e-5 * whole.abs().max()
+    # outside of inference mode, what was made inside cannot be written to
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=cache)
+    again = copy.deepcopy(cache)
+    with torch.no_grad():
+        first, second = (model(ids[:, 1:2], past_key_values=each).logits for each in (cache, again))
+    assert torch.equal(first, second)
 
 
 def test_the_cache_holds_a_row_of_u_for_every_query_head():
