@@ -213,6 +213,9 @@ def _attention(logits: Tensor, attn_mask: Tensor | None, places: Tensor | None) 
         logits = logits + attn_mask.to(logits.dtype)
     logits = logits.masked_fill(hidden, -torch.inf)
     # one query has no later one: nothing is looked at, and no device waited for
+    if rows == 1 and not torch.is_grad_enabled():
+        # nan where everything is hidden; its gradient would be nan too
+        return torch.softmax(logits, -1).masked_fill_(hidden, 0.0), True
     if rows == 1:
         return softmax(logits), True
     if places is None and (hidden.shape[-2] == 1 or (bias and not bool(hidden.any()))):

@@ -18,6 +18,8 @@ from hf_chainattn.parts import NAME, decoder_key, uses_chain
 TAG = "chain-attention"
 # modules that dispatch twice and subtract: the difference of two chains is not the chain of the difference
 _DIFFERENTIAL = ("DiffLlamaAttention",)
+# model types whose other layers read the attention mask too, as eager attention has it: NLLB's router of experts
+_MASK_READERS = ("nllb-moe",)
 
 logger = logging.get_logger(__name__)
 
@@ -120,6 +122,11 @@ def check_model(model: PreTrainedModel) -> None:
             and keys may be different tokens in a way that is not known here.
     """
     kind = type(model).__name__
+    if model.config.model_type in _MASK_READERS:
+        raise UnsupportedModelError(
+            f"{kind} reads the attention mask of eager attention outside of its attention too, and would read that of "
+            "chain attention wrongly: use attn_implementation='eager' here."
+        )
     found = list(dispatching_modules(model))
     if not found:
         raise never_dispatches(kind)

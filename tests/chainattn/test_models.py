@@ -178,6 +178,14 @@ def test_models_that_cannot_chain_are_refused_and_left_alone():
     assert not [module for module in model.modules() if module._forward_pre_hooks or module._forward_hooks]
 
 
+def test_a_model_that_reads_the_mask_elsewhere_is_refused():
+    config = transformers.NllbMoeConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=11
+    )
+    with pytest.raises(UnsupportedModelError, match="outside of its attention"):
+        transformers.NllbMoeModel._from_config(config, attn_implementation="chain")
+
+
 def bert_decoder(**settings):
     return transformers.BertConfig(
         hidden_size=32,
