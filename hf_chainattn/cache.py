@@ -22,7 +22,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from hf_chainattn.errors import UnsupportedCacheError
+from hf_chainattn.errors import UnsupportedCacheError, UnsupportedModelError
 
 
 class ChainLayer(CacheLayerMixin):
@@ -35,6 +35,8 @@ class ChainLayer(CacheLayerMixin):
         waiting: Tokens whose ``U`` is not known yet.
         empty: Nothing was cached before them.
         used: Something was ever committed.
+        returned: What ``update`` returned last, until it is committed.
+        settings: With which its ``U`` was computed, as far as they are numbers.
     """
 
     values: Tensor
@@ -43,6 +45,8 @@ class ChainLayer(CacheLayerMixin):
     waiting = 0
     empty = False
     used = False
+    returned: tuple[Tensor, Tensor] | None = None
+    settings: object = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys ``[B, H_kv, C, D]`` and plain values ``[B, H_kv, C, E]``, and return all as the parent does.
@@ -61,8 +65,30 @@ class ChainLayer(CacheLayerMixin):
             )
         self.expected, self.waiting, self.empty = False, key_states.shape[-2], self._is_empty(key_states.shape[-2])
         values = value_states.repeat_interleave(self.groups, 1) if self.groups > 1 else value_states
-        result: tuple[Tensor, Tensor] = super().update(key_states, values, *args, **kwargs)
-        return result
+        self.returned = super().update(key_states, values, *args, **kwargs)
+        return self.returned
+
+    def check(self, key: Tensor, value: Tensor, settings: object) -> None:
+        """Raise unless the module attends to what ``update`` returned, with the settings that the past was made with.
+
+        Some models cache something else, from which they make keys and values, and some repeat it: ``U`` would be
+        taken for that.
+
+        Raises:
+            UnsupportedModelError: If keys and values are not those of the cache.
+            UnsupportedCacheError: If the settings are others.
+        """
+        if self.returned is None or not all(map(_same, (key, value), self.returned)):
+            raise UnsupportedModelError(
+                "This model makes its keys and values from what is cached, or shares them between layers, and a cache "
+                "cannot hold the mixed values of chain attention for it: use use_cache=False."
+            )
+        if self.used and settings != self.settings:
+            raise UnsupportedCacheError(
+                f"This cache was filled with chain attention at {self.settings}, which is {settings} now: use a new "
+                "cache after a change of gamma or diagonal."
+            )
+        self.settings = settings
 
     def places(self) -> Tensor | None:
         """Return where the new tokens are among the keys that ``update`` returned, ``[C]``; ``None``: at the end."""
@@ -84,7 +110,7 @@ class ChainLayer(CacheLayerMixin):
     def commit(self, u: Tensor) -> None:
         """Replace the plain values of the new tokens by ``u``, ``[B, H, C, E]``."""
         self._write(u)
-        self.waiting, self.used = 0, True
+        self.waiting, self.used, self.returned = 0, True, None
 
     def _write(self, u: Tensor) -> None:
         raise NotImplementedError
@@ -92,6 +118,17 @@ class ChainLayer(CacheLayerMixin):
     def _is_empty(self, count: int) -> bool:
         """Return whether nothing is cached yet, where ``count`` tokens arrive."""
         return bool(self.get_seq_length() == 0)
+
+
+def _same(given: Tensor, cached: Tensor) -> bool:
+    if given is cached:
+        return True
+    if given.shape != cached.shape:
+        return False
+    if torch.compiler.is_compiling() or given.untyped_storage().data_ptr() == cached.untyped_storage().data_ptr():
+        return True
+    # a model may have copied them; seldom, and then it is looked at
+    return torch.equal(given, cached)
 
 
 class _ChainAtTheEnd(ChainLayer):

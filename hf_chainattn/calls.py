@@ -24,6 +24,9 @@ _FOREIGN_KEYS = (
     "shared_kv_states",
 )
 
+# modules that make their mask from the values of the cache, which are mixed here
+_VALUE_READERS = ("DogeAttention",)
+
 
 class Place(NamedTuple):
     """What an attention module is to its model, found once because a compiler cannot look for it.
@@ -113,6 +116,11 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             raise UnsupportedModelError(
                 f"{type(module).__name__} has no layer_idx, so that its layer of the cache is not known: use "
                 "use_cache=False."
+            )
+        if type(module).__name__ in _VALUE_READERS:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} reads the values of its cache for its mask, and a cache of chain attention "
+                "holds others: use use_cache=False."
             )
         layer = chain_layer(cache, index)
         layer.expected = True

@@ -24,7 +24,7 @@ class ChainAttentionConfig:
         encoder: Whether the encoder of an encoder-decoder chains too, which takes a dense solve.
         learnable: Whether gamma is a parameter, for each layer or, with ``per_head``, for each head. It begins at
             ``gamma``, which must not be 0 then, and is saved with the weights.
-        per_head: See ``learnable``.
+        per_head: See ``learnable``. Fixed numbers of heads are lists in ``gamma``.
 
     Raises:
         TypeError: If a value is of the wrong kind.
@@ -47,6 +47,8 @@ class ChainAttentionConfig:
         for name in ("encoder", "learnable", "per_head"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if self.per_head and not self.learnable:
+            raise ValueError("per_head=True is for a learnable gamma: give fixed ones as lists, [[...], ...].")
         if self.learnable and not _all_positive(self.gamma):
             raise ValueError(
                 f"learnable=True needs a gamma inside (0, 1) to begin with, got {self.gamma!r}: a sigmoid cannot "
@@ -71,6 +73,27 @@ class ChainAttentionConfig:
             raise ValueError(f"gamma must have an entry for every layer, got {len(self.gamma)} and a layer {index}.")
         entry = self.gamma[index]
         return entry if isinstance(entry, float) else tuple(entry)
+
+    def check_layer(self, number: int, heads: int, layers: int | None) -> None:
+        """Raise unless what is said of layers and heads fits a model.
+
+        Args:
+            number: Of one of its layers.
+            heads: Query heads of that layer.
+            layers: How many layers the model has, if that is known.
+
+        Raises:
+            ValueError: If not.
+        """
+        gamma = self.of_layer(number)
+        if isinstance(gamma, tuple) and len(gamma) != heads:
+            raise ValueError(f"gamma must have an entry for each of {heads} heads, got {gamma!r} for layer {number}.")
+        if layers is None:
+            return
+        if isinstance(self.gamma, tuple) and len(self.gamma) != layers:
+            raise ValueError(f"gamma must have an entry for each of {layers} layers, got {len(self.gamma)}.")
+        if self.layers and max(self.layers) >= layers:
+            raise ValueError(f"layers must be below {layers}, the number of layers, got {list(self.layers)}.")
 
     def start_of(self, index: int, heads: int, *, in_encoder: bool = False) -> tuple[float, ...] | None:
         """Return what the gate of a layer begins with, one number or one for each head; ``None``: it has no gate."""

@@ -58,11 +58,14 @@ def gate_of(module: nn.Module) -> ChainGate | None:
 
 
 def set_gate(module: nn.Module, start: Sequence[float] | None) -> None:
-    """Give an attention module a gate if it has none, or with ``None`` take it away."""
+    """Give an attention module a gate that begins at ``start``, or with ``None`` take it away.
+
+    A gate that began there already stays, whatever it has learned since.
+    """
     gate = gate_of(module)
     if start is None and gate is not None:
         delattr(module, GATE)
-    elif start is not None and gate is None:
+    elif start is not None and (gate is None or gate.start != tuple(start)):
         parameter = next(module.parameters(), None)
         setattr(module, GATE, ChainGate(start, None if parameter is None else parameter.device))
 

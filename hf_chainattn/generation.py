@@ -7,7 +7,6 @@ from torch import Tensor
 from hf_chainattn.api import chain_attention
 from hf_chainattn.cache import ChainLayer
 from hf_chainattn.decode import decode_from_memory
-from hf_chainattn.errors import UnsupportedModelError
 
 
 def attend_with_cache(
@@ -17,6 +16,7 @@ def attend_with_cache(
     value: Tensor,
     mask: Tensor,
     *,
+    made_with: object,
     dropout_p: float,
     **settings: Any,
 ) -> Tensor:
@@ -28,18 +28,16 @@ def attend_with_cache(
         key: ``[B, H_kv, K, D]``, as ``layer.update`` returned it.
         value: ``[B, H_kv or H, K, E]``, likewise.
         mask: Boolean or additive, broadcastable to ``[B, H, C, K]``.
+        made_with: What the ``U`` of the cache depends on and must not change: diagonal, and gamma where it is fixed.
         dropout_p: Dropout of the read-out.
         settings: ``gamma``, ``diagonal``, ``scale`` and ``softcap`` as for ``chain_attention``.
 
     Raises:
-        UnsupportedModelError: If the module has not put exactly these tokens into its own layer.
+        UnsupportedModelError: If the module does not attend to what its layer of the cache returned.
+        UnsupportedCacheError: If the cache was filled with other settings.
     """
     heads, count = query.shape[1:3]
-    if layer.waiting != count or layer.keys.shape[0] != query.shape[0]:
-        raise UnsupportedModelError(
-            f"An attention module attends from {count} tokens and put {layer.waiting} into its cache. Chain attention "
-            "runs where every layer caches its own keys: use use_cache=False, or attn_implementation='sdpa'."
-        )
+    layer.check(key, value, made_with)
     layer.widen(heads // layer.keys.shape[1])
     if layer.empty:
         new_key, new_value = key[:, :, :count], value[:, :, :count]

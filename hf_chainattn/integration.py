@@ -24,7 +24,7 @@ from hf_chainattn.calls import call_of
 from hf_chainattn.config import ChainAttentionConfig
 from hf_chainattn.dense import attention_weights
 from hf_chainattn.errors import UnsupportedModelError
-from hf_chainattn.gates import ChainGate, gate_of
+from hf_chainattn.gates import ChainGate, gate_of, set_gate
 from hf_chainattn.generation import attend_with_cache
 from hf_chainattn.models import (
     check_model,
@@ -36,7 +36,7 @@ from hf_chainattn.models import (
     release_model,
     tag,
 )
-from hf_chainattn.parts import NAME, decoder_key, hand_down, narrow, uses_chain
+from hf_chainattn.parts import NAME, decoder_key, hand_down, narrow, share, uses_chain
 
 # what models hand on that does not change attention, or that the mask already holds
 _HARMLESS = frozenset(
@@ -163,6 +163,12 @@ def chain_attention_forward(
         )
         return output, attention
     gate = gate_of(module)
+    if settings.learnable != (gate is not None) and gamma != 0.0:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} {'has no gate' if settings.learnable else 'still has a gate'}, and "
+            f"config.chain_attention says learnable={settings.learnable}: change that with enable_chain_attention."
+        )
+    made_with = settings.diagonal, "a learned gamma" if gate is not None else gamma
     if gate is not None:
         gamma = gate()
     elif isinstance(gamma, tuple):
@@ -179,7 +185,7 @@ def chain_attention_forward(
     else:
         if mask is None:
             mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
-        output = attend_with_cache(call.layer, query, key, value, mask, **options)
+        output = attend_with_cache(call.layer, query, key, value, mask, made_with=made_with, **options)
     return output.transpose(1, 2).contiguous(), attention
 
 
@@ -256,7 +262,7 @@ def _set_attn_implementation(
         known = {"", *model.config.sub_configs}
         if unknown := sorted(set(attn_implementation) - known):
             raise UnsupportedModelError(f"{type(model).__name__} has the parts {sorted(known)}, got {unknown}.")
-    parts = parts_of(model)
+    parts, gated = parts_of(model), [module for module in model.modules() if gate_of(module) is not None]
     before = [part.config._attn_implementation for part in parts]
     try:
         original(model, attn_implementation, **kwargs)
@@ -264,6 +270,9 @@ def _set_attn_implementation(
     except Exception:
         for part, implementation in zip(parts, before, strict=True):
             part.config._attn_implementation_internal = implementation
+        for module in model.modules():
+            if module not in gated:
+                set_gate(module, None)
         _settle(model, parts)
         raise
 
@@ -303,6 +312,7 @@ _WRAPPERS = {
 
 def _settle(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
     """Prepare the parts that use chain attention by now, release the others, and name what is used in the config."""
+    share(model.config, [part.config for part in parts_of(model)])
     for part in parts:
         if uses_chain(part.config):
             prepare_model(part)
@@ -310,4 +320,6 @@ def _settle(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
             release_model(part)
     mark_places(model)
     tag(model)
+    for part in parts:
+        part.config.__dict__.pop("attn_implementation", None)
     name_in_config(model.config)

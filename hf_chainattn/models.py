@@ -12,7 +12,7 @@ from hf_chainattn.calls import place_of, set_place, unwatch, watch
 from hf_chainattn.config import ChainAttentionConfig, Diagonal, Gamma
 from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.gates import keep_in_float32, set_gate
-from hf_chainattn.parts import NAME, decoder_key, uses_chain
+from hf_chainattn.parts import NAME, decoder_key, decoder_key_or_none, uses_chain
 
 # of models with chain attention on the Hub
 TAG = "chain-attention"
@@ -69,6 +69,11 @@ def enable_chain_attention(
         gamma=gamma, diagonal=diagonal, layers=layers, encoder=encoder, learnable=learnable, per_head=per_head
     )
     key = decoder_key(model.config)
+    if encoder and (key is not None or not getattr(model.config, "is_encoder_decoder", False)):
+        raise ValueError(
+            "encoder=True is for a model whose encoder and decoder have one config: ask for another encoder by part, "
+            "with set_attn_implementation({'encoder': 'chain'})."
+        )
     config = model.config if key is None else getattr(model.config, key)
     before = config.__dict__.get("chain_attention")
     config.chain_attention = settings.to_dict()
@@ -96,6 +101,8 @@ def disable_chain_attention(model: PreTrainedModel, *, attn_implementation: str 
     for part in parts_of(model):
         release_model(part)
         part.config.__dict__.pop("chain_attention", None)
+    for module in model.modules():
+        set_gate(module, None)
     return model
 
 
@@ -181,20 +188,23 @@ def prepare_model(model: PreTrainedModel) -> None:
 
 
 def mark_places(model: PreTrainedModel) -> None:
-    """Tell the attention modules of the outermost model which layers they are.
+    """Tell the attention modules of the outermost model which layers they are, and give them gates.
 
     Raises:
-        ValueError: If a list of gammas has no entry for one of them.
+        ValueError: If settings name layers or heads that do not exist, or leave some out.
     """
+    # where encoder and decoder have configs of their own, each is asked for by itself
+    two_sides = bool(getattr(model.config, "is_encoder_decoder", False)) and decoder_key_or_none(model.config) is None
     for name, module in dispatching_modules(model):
         if (place := place_of(module)) is None:
             continue
-        in_encoder = bool(getattr(model.config, "is_encoder_decoder", False)) and _in_encoder(name)
-        settings = ChainAttentionConfig.from_value(getattr(module.config, "chain_attention", None))
-        settings.of_layer(place.number, in_encoder=in_encoder)
+        in_encoder = two_sides and (_in_encoder(name) or getattr(module, "is_decoder", None) is False)
         set_place(module, place._replace(in_encoder=in_encoder))
+        settings = ChainAttentionConfig.from_value(getattr(module.config, "chain_attention", None))
         start = settings.start_of(place.number, _heads_of(module), in_encoder=in_encoder)
         set_gate(module, None if _is_cross_attention(name) else start)
+        if not in_encoder:
+            settings.check_layer(place.number, _heads_of(module), _layers_of(module))
 
 
 def _is_cross_attention(name: str) -> bool:
@@ -212,6 +222,14 @@ def _heads_of(module: nn.Module) -> int:
     return int(module.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
 
 
+def _layers_of(module: nn.Module) -> int | None:
+    """Return the number of layers of the stack of an attention module, ``None`` if its config does not say."""
+    for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers"):
+        if isinstance(layers := getattr(module.config, name, None), int):
+            return layers
+    return None
+
+
 def _in_encoder(name: str) -> bool:
     """Return whether a module's path leads into the encoder: ``decoder.bert.encoder`` does not."""
     sides = [part for part in name.split(".") if "encoder" in part or "decoder" in part]
@@ -226,8 +244,8 @@ def release_model(model: PreTrainedModel) -> None:
     for _, module in dispatching_modules(model):
         if (config := getattr(module, "config", None)) is not None and uses_chain(config):
             continue
+        # a gate stays, for a switch back: what it has learned would be lost
         unwatch(module)
-        set_gate(module, None)
 
 
 def tag(model: PreTrainedModel) -> None:

@@ -1,5 +1,7 @@
 """Models that are made of several models: which part becomes a chain when the whole is asked to."""
 
+from collections.abc import Iterable
+
 from transformers import PreTrainedConfig
 
 from hf_chainattn.errors import UnsupportedModelError
@@ -21,7 +23,7 @@ def decoder_key(config: PreTrainedConfig) -> str | None:
     parts = _parts(config)
     if not parts or config.get_text_config(decoder=True) is config:
         return None
-    key = _text_key(config)
+    key = decoder_key_or_none(config)
     if key is None:
         raise UnsupportedModelError(
             f"{type(config).__name__} is made of several models ({', '.join(parts)}) without one text decoder: ask "
@@ -36,9 +38,11 @@ def narrow(config: PreTrainedConfig) -> None:
     Towers and encoders of other models read their input at once; a walk of theirs must be asked for by part.
     """
     if not uses_chain(config):
-        key = _text_key(config)
-        if key is not None and uses_chain(getattr(config, key)):
-            hand_down(config, key)
+        # asked for by part: what was given for the whole is for the parts that are asked for
+        for name in [name for name, part in _parts(config).items() if uses_chain(part)]:
+            hand_down(config, name, keep=True)
+        if any(uses_chain(part) for part in _parts(config).values()):
+            config.__dict__.pop("chain_attention", None)
         return
     key = decoder_key(config)
     if key is None:
@@ -51,16 +55,27 @@ def narrow(config: PreTrainedConfig) -> None:
             part._attn_implementation = None
 
 
-def hand_down(config: PreTrainedConfig, key: str) -> None:
+def hand_down(config: PreTrainedConfig, key: str, *, keep: bool = False) -> None:
     """Move the settings of the whole to the part that runs them: attention modules see only their own config."""
     if config.chain_attention is not None:
-        getattr(config, key).chain_attention = config.__dict__.pop("chain_attention")
+        getattr(config, key).chain_attention = config.chain_attention
+        if not keep:
+            del config.chain_attention
+
+
+def share(config: PreTrainedConfig, others: Iterable[PreTrainedConfig]) -> None:
+    """Give the settings of the whole to the copies that some models, T5 among them, make of it for their stacks."""
+    own = {id(part) for part in _parts(config).values()}
+    for other in others:
+        if other is not config and type(other) is type(config) and id(other) not in own and uses_chain(config):
+            other.chain_attention = config.chain_attention
 
 
 def _parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
     return {key: part for key in config.sub_configs if (part := getattr(config, key, None)) is not None}
 
 
-def _text_key(config: PreTrainedConfig) -> str | None:
+def decoder_key_or_none(config: PreTrainedConfig) -> str | None:
+    """Return the name of the sub-config of the causal text decoder, ``None`` if there is none."""
     text = config.get_text_config(decoder=True)
     return next((key for key, part in _parts(config).items() if part is text), None)

@@ -318,7 +318,7 @@ def test_gamma_can_differ_between_layers_and_heads(settings, gammas, monkeypatch
 
 def test_a_list_of_gammas_has_an_entry_for_every_layer():
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match="entry for every layer, got 3 and a layer 3"):
+    with pytest.raises(ValueError, match="entry for each of 4 layers, got 3"):
         enable_chain_attention(model, gamma=[0.5, 0.5, 0.5])
     assert model.config._attn_implementation == "sdpa"
 
