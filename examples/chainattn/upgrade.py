@@ -73,6 +73,7 @@ def fine_tuned(base: ChainTrackModel, way: str, pool: ChainTrackBatch, *, seed: 
             seed=seed,
             weight_decay=0.01,
             remove_unused_columns=False,
+            disable_tqdm=True,
         )
         collator, data = FreshNames(seed + 100), Sequences(pool)
         Trainer(model, arguments, data_collator=collator, train_dataset=data, callbacks=callbacks).train()

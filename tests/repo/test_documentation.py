@@ -6,6 +6,7 @@ import importlib
 import json
 import pkgutil
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,14 @@ def test_functions_are_short():
 
 def test_the_page_on_benchmarks_is_that_of_the_stored_runs():
     assert (ROOT / "docs" / "benchmarks.md").read_text("utf8") == benchmarks_page()
+
+
+def test_the_guide_quotes_the_stored_run_of_the_upgrade():
+    guide = " ".join((ROOT / "docs" / "chainattn.md").read_text("utf8").split())
+    rows = json.loads((ROOT / "docs" / "results" / "upgrade.json").read_text("utf8"))
+    before, ramp, jump, ordinary = (
+        f"{statistics.median(row[name] for row in rows):.3f}" for name in ("before", "ramp", "jump", "ordinary")
+    )
+    assert f"answers {before} of the questions" in guide
+    assert f"it is {ramp} with the schedule, {jump} with gamma at 0.9" in guide
+    assert f"and {ordinary} with ordinary attention" in guide
