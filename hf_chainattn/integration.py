@@ -134,8 +134,8 @@ def chain_attention_forward(
         chain is made; else ``None``.
 
     Raises:
-        UnsupportedCacheError: If there are other keys than queries, as there are with a cache.
-        UnsupportedModelError: If the model was not prepared, or hands on something that changes attention, such as
+        UnsupportedCacheError: If there are other keys than queries and no cache, or one that cannot be continued.
+        UnsupportedModelError: If the model was not prepared, does not attend to what it cached, or hands on something that changes attention, such as
             attention sinks, indices of a sparse pattern, packing by sequence lengths, or a paged cache.
     """
     stored, call = getattr(getattr(module, "config", None), "chain_attention", None), call_of(module)
