@@ -135,8 +135,9 @@ def chain_attention_forward(
 
     Raises:
         UnsupportedCacheError: If there are other keys than queries and no cache, or one that cannot be continued.
-        UnsupportedModelError: If the model was not prepared, does not attend to what it cached, or hands on something that changes attention, such as
-            attention sinks, indices of a sparse pattern, packing by sequence lengths, or a paged cache.
+        UnsupportedModelError: If the model was not prepared, does not attend to what it cached, or hands on something
+            that changes attention, such as attention sinks, indices of a sparse pattern, packing by sequence lengths,
+            or a paged cache.
     """
     stored, call = getattr(getattr(module, "config", None), "chain_attention", None), call_of(module)
     if stored is None or call is None:
