@@ -3,7 +3,10 @@
 import copy
 import gc
 import io
+import json
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -16,7 +19,7 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
 )
 
-from hf_chainattn import UnsupportedCacheError, disable_chain_attention
+from hf_chainattn import UnsupportedCacheError, disable_chain_attention, enable_chain_attention
 from hf_chainattn.cache import ChainLayer
 from tests.helpers.decoders import ENCODER_DECODERS, FAMILIES, VOCAB, WINDOW, decoder
 
@@ -338,3 +341,23 @@ def test_cross_attention_stays_ordinary():
     assert (found - whole).abs().max() <= 1e-5 * whole.abs().max()
     assert all(isinstance(layer, ChainLayer) for layer in cache.self_attention_cache.layers)
     assert not any(isinstance(layer, ChainLayer) for layer in cache.cross_attention_cache.layers)
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_a_saved_model_generates_the_same_in_a_fresh_process(imported, tmp_path):
+    """Oracle: the tokens of this process; without the package, the error of transformers that the guide quotes."""
+    model = enable_chain_attention(decoder("llama", "chain"), gamma=0.8, learnable=True, per_head=True)
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(tmp_path)
+    script = (
+        f"{'import hf_chainattn; ' if imported else ''}import torch; from transformers import AutoModelForCausalLM; "
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}); "
+        "print(model.generate(torch.arange(5, 15)[None], max_new_tokens=12, do_sample=False)[0].tolist())"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    if not imported:
+        assert result.returncode == 1
+        assert 'Specified `attn_implementation="chain"` is not supported' in result.stderr
+        return
+    tokens = model.generate(torch.arange(5, 15)[None], max_new_tokens=12, do_sample=False)[0].tolist()
+    assert json.loads(result.stdout.splitlines()[-1]) == tokens
