@@ -50,6 +50,11 @@ def attend(
     return weights, total, own.div_(total), off.div_(total), None if share is None else share.div_(total), log_sum
 
 
+def by_head(numbers: Tensor, batch: int) -> Tensor:
+    """Return numbers of each head ``[H]`` as ``[N, 1, 1]``."""
+    return (numbers if batch == 1 else numbers.repeat(batch)).view(-1, 1, 1)
+
+
 def pivots(own: Tensor, off: Tensor, hop: Tensor, halt: Tensor, *, kept: bool, plain: bool) -> Tensor:
     """Return the diagonal of ``I - gamma A_c`` for some rows, ``[N, rows, 1]`` as the attention given.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_chainattn.block import attend, pivots, solve_rows_, triangular_system
+from hf_chainattn.block import attend, by_head, pivots, solve_rows_, triangular_system
 from hf_chainattn.masks import AttentionMask
 from hf_chainattn.tiles import Tiles
 
@@ -93,7 +93,7 @@ def _fill(record: Saved, tiles: Tiles, value: Tensor, gamma: Tensor, halting: Te
     mask = tiles.mask
     batch, heads, tokens, width = record.output.shape
     saved = Saved(*(part.view(batch * heads, tokens, -1) for part in record))
-    hop, halt = (part.expand(batch, heads).reshape(-1, 1, 1) for part in (gamma, halting))
+    hop, halt = (by_head(part, batch) for part in (gamma, halting))
     # a row of U begins as (1 - gamma) v; its block replaces it by the solution
     by_group = saved.mixed.view(batch, -1, tiles.repeats, tokens, width)
     torch.mul(value.unsqueeze(2), halting.view(-1, tiles.repeats, 1, 1), out=by_group)

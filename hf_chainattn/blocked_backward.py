@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_chainattn.block import pivots, row_sums, solve_columns_, through_softmax, triangular_system
+from hf_chainattn.block import by_head, pivots, row_sums, solve_columns_, through_softmax, triangular_system
 from hf_chainattn.blocked import Saved, block_of, rows_together
 from hf_chainattn.masks import AttentionMask
 from hf_chainattn.tiles import Tiles
@@ -149,8 +149,8 @@ def _sweep(
     like = tiles.query
     sweep = _State(
         tiles=tiles,
-        hop=gamma.expand(batch, heads).reshape(-1, 1, 1),
-        halt=halting.expand(batch, heads).reshape(-1, 1, 1),
+        hop=by_head(gamma, batch),
+        halt=by_head(halting, batch),
         kept=kept,
         value=value.reshape(-1, tokens, width),
         mixed=given.mixed.view(flat),

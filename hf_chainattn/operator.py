@@ -193,8 +193,10 @@ chain_attention_operator.register_autograd(_backward, setup_context=_setup_conte
 
 def differentiable(*arguments: Any) -> Any:  # noqa: ANN401  as the operator
     """Return what the operator returns, by a shorter way to the same derivative where nothing is compiled."""
-    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return (_Eager.apply if eager else chain_attention_operator)(*arguments)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return chain_attention_operator(*arguments)
+    wanted = any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
+    return (_Eager.apply if wanted else chain_attention_operator)(*arguments)
 
 
 class _Eager(torch.autograd.Function):

@@ -38,11 +38,12 @@ def narrow(config: PreTrainedConfig) -> None:
     Towers and encoders of other models read their input at once; a walk of theirs must be asked for by part.
     """
     if not uses_chain(config):
-        # asked for by part: what was given for the whole is for the parts that are asked for
-        for name in [name for name, part in _parts(config).items() if uses_chain(part)]:
-            hand_down(config, name, keep=True)
-        if any(uses_chain(part) for part in _parts(config).values()):
-            config.__dict__.pop("chain_attention", None)
+        # asked for by part: what was given for the whole is for every part that is asked for
+        asked = [part for part in _parts(config).values() if uses_chain(part)]
+        if asked and config.chain_attention is not None:
+            settings = config.__dict__.pop("chain_attention")
+            for part in asked:
+                part.chain_attention = settings
         return
     key = decoder_key(config)
     if key is None:
@@ -55,12 +56,10 @@ def narrow(config: PreTrainedConfig) -> None:
             part._attn_implementation = None
 
 
-def hand_down(config: PreTrainedConfig, key: str, *, keep: bool = False) -> None:
+def hand_down(config: PreTrainedConfig, key: str) -> None:
     """Move the settings of the whole to the part that runs them: attention modules see only their own config."""
     if config.chain_attention is not None:
-        getattr(config, key).chain_attention = config.chain_attention
-        if not keep:
-            del config.chain_attention
+        getattr(config, key).chain_attention = config.__dict__.pop("chain_attention")
 
 
 def share(config: PreTrainedConfig, others: Iterable[PreTrainedConfig]) -> None:

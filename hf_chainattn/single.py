@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_chainattn.block import (
     attend,
+    by_head,
     pivots,
     row_sums,
     solve_columns_,
@@ -39,7 +40,7 @@ def single_forward(
     """Return what ``blocked_forward`` returns, from the whole attention matrix: memory O(T^2), for ``T`` up to 128."""
     batch, heads, tokens, _ = query.shape
     tiles = Tiles(query, key, mask, scale=scale, softcap=softcap)
-    hop, halt = _by_head(gamma, batch), _by_head(halting, batch)
+    hop, halt = by_head(gamma, batch), by_head(halting, batch)
     weights, total, own, off, _, log_sum = attend(tiles, slice(0, tokens))
     weights.div_(total)
     # what callers get is no view, so that they may change it in place
@@ -77,7 +78,7 @@ def single_backward(
     """Return the gradients of ``single_forward``; the arguments are those of ``blocked_backward``."""
     batch, heads, tokens, _ = query.shape
     tiles, everything = Tiles(query, key, mask, scale=scale, softcap=softcap), slice(0, tokens)
-    hop, halt = _by_head(gamma, batch), _by_head(halting, batch)
+    hop, halt = by_head(gamma, batch), by_head(halting, batch)
     upstream, values, read, sums, off = (part.flatten(0, 1) for part in (d_output, mixed, off_read, log_sum, off_mass))
     weights, slope = tiles.weights(everything, everything, sums)
     own = weights.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
@@ -108,11 +109,6 @@ def single_backward(
         gamma=d_gamma,
         bias=d_bias,
     )
-
-
-def _by_head(numbers: Tensor, batch: int) -> Tensor:
-    """Return numbers of each head ``[H]`` as ``[N, 1, 1]``."""
-    return (numbers if batch == 1 else numbers.repeat(batch)).view(-1, 1, 1)
 
 
 def _repeated(value: Tensor, repeats: int) -> Tensor:

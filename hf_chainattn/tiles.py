@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_chainattn.masks import AttentionMask
 
-# 2^x costs a third of e^x on a CPU: logits and logs of sums are kept in base 2
+# logits and logs of sums are kept in base 2; which of 2^x and e^x torch computes faster depends on the CPU
 LOG2_E = math.log2(math.e)
 
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"

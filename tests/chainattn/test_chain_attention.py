@@ -235,6 +235,17 @@ def test_forward_mode_is_refused_and_the_dense_form_has_it():
     torch.testing.assert_close(forward, torch.autograd.functional.jacobian(function("auto"), query))
 
 
+# torch has no rule for batches of this operator, takes them one by one, and says so
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_without_gradients_equals_a_loop():
+    query, key, value = inputs(6)
+    many = torch.stack([query, query.flip(2)])
+    found = torch.func.vmap(lambda each: chain_attention(each, key, value, gamma=0.9))(many)
+    assert torch.equal(found, torch.stack([chain_attention(each, key, value, gamma=0.9) for each in many]))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda each: chain_attention(each, key, value, gamma=0.9).sum())(query)
+
+
 def test_an_output_may_be_changed_in_place():
     """Oracle: the gradient of the same sum out of place."""
     leaves = inputs(6, requires_grad=True)
