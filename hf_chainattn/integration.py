@@ -8,7 +8,6 @@ every change: there a model that cannot run as a chain says so instead of ignori
 name into the config, ``_initialize_weights`` begins gates that a checkpoint lacks.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
+from hf_chainattn.adapters import stamp, wrap_adapters
 from hf_chainattn.api import chain_attention
 from hf_chainattn.calls import call_of
 from hf_chainattn.config import ChainAttentionConfig
@@ -28,6 +28,8 @@ from hf_chainattn.gates import ChainGate, gate_of, set_gate
 from hf_chainattn.generation import attend_with_cache
 from hf_chainattn.models import (
     check_model,
+    check_undivided,
+    divided,
     mark_places,
     name_in_config,
     never_dispatches,
@@ -37,6 +39,7 @@ from hf_chainattn.models import (
     tag,
 )
 from hf_chainattn.parts import NAME, decoder_key, hand_down, narrow, share, uses_chain
+from hf_chainattn.wrappers import Wrappers
 
 # what models hand on that does not change attention, or that the mask already holds
 _HARMLESS = frozenset(
@@ -53,9 +56,6 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
-
-# the wrappers that stand in PreTrainedModel while registered
-_installed: dict[str, Any] = {}
 
 logger = logging.get_logger(__name__)
 
@@ -75,9 +75,9 @@ def register() -> None:
     AttentionInterface.register(NAME, chain_attention_forward)
     AttentionMaskInterface.register(NAME, chain_mask)
     PreTrainedConfig.chain_attention = None
-    for method, wrapper in _WRAPPERS.items():
-        _installed[method] = wrapper(getattr(PreTrainedModel, method))
-        setattr(PreTrainedModel, method, _installed[method])
+    for name, around in _AROUND.items():
+        _wrappers.put(PreTrainedModel, name, around)
+    wrap_adapters(_wrappers)
 
 
 def unregister() -> None:
@@ -87,11 +87,7 @@ def unregister() -> None:
     del AttentionInterface._global_mapping[NAME]
     del AttentionMaskInterface._global_mapping[NAME]
     del PreTrainedConfig.chain_attention
-    for method, ours in _installed.items():
-        # where another library has wrapped ours in turn, ours stays, and does nothing while it is not registered
-        if getattr(PreTrainedModel, method) is ours:
-            setattr(PreTrainedModel, method, ours.__wrapped__)
-    _installed.clear()
+    _wrappers.remove()
 
 
 def is_registered() -> bool:
@@ -163,6 +159,8 @@ def chain_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
         )
         return output, attention
+    if call.place.heads not in (None, query.shape[1]):
+        raise divided(type(module).__name__, f"processes, with {query.shape[1]} of {call.place.heads} heads here,")
     gate = gate_of(module)
     if settings.learnable != (gate is not None) and gamma != 0.0:
         raise UnsupportedModelError(
@@ -212,22 +210,6 @@ def _with_bias(attention_mask: Tensor | None, position_bias: Tensor | None) -> T
     return position_bias + attention_mask
 
 
-def _wrapping(replacement: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Turn ``replacement(original, model, ...)`` into a maker of wrappers that step aside while not registered."""
-
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def method(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  what the original returns
-            if not is_registered():
-                return original(model, *args, **kwargs)
-            return replacement(original, model, *args, **kwargs)
-
-        return method
-
-    return wrap
-
-
-@_wrapping
 def _init(
     original: Callable[..., Any], model: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
 ) -> None:
@@ -240,13 +222,11 @@ def _init(
     original(model, config, *args, **kwargs)
 
 
-@_wrapping
 def _post_init(original: Callable[..., Any], model: PreTrainedModel) -> None:
     original(model)
     _settle(model, [model])
 
 
-@_wrapping
 def _set_attn_implementation(
     original: Callable[..., Any], model: PreTrainedModel, attn_implementation: str | dict[str, Any], **kwargs: Any
 ) -> None:
@@ -286,14 +266,15 @@ def _asks_whole(attn_implementation: str | dict[str, Any]) -> bool:
     )
 
 
-@_wrapping
 def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     # here and not only at a change: a part may have been switched without the whole knowing
     name_in_config(model.config)
+    if model._hf_peft_config_loaded:
+        # the adapter is saved, without the model
+        stamp(model, model.peft_config, model.active_adapters())
     original(model, *args, **kwargs)
 
 
-@_wrapping
 def _initialize_weights(original: Callable[..., Any], model: PreTrainedModel, module: nn.Module, *args: Any) -> None:
     # a base checkpoint has no gates; each model type knows only its own modules, and would leave them as they are
     if isinstance(module, ChainGate):
@@ -302,18 +283,21 @@ def _initialize_weights(original: Callable[..., Any], model: PreTrainedModel, mo
     original(model, module, *args)
 
 
-_WRAPPERS = {
+_AROUND: dict[str, Callable[..., Any]] = {
     "__init__": _init,
     "post_init": _post_init,
     "set_attn_implementation": _set_attn_implementation,
     "save_pretrained": _save_pretrained,
     "_initialize_weights": _initialize_weights,
 }
+_wrappers = Wrappers(is_registered)
 
 
 def _settle(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
     """Prepare the parts that use chain attention by now, release the others, and name what is used in the config."""
     share(model.config, [part.config for part in parts_of(model)])
+    if any(uses_chain(part.config) for part in parts):
+        check_undivided(model)
     for part in parts:
         if uses_chain(part.config):
             prepare_model(part)
