@@ -295,8 +295,9 @@ _wrappers = Wrappers(is_registered)
 
 def _settle(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
     """Prepare the parts that use chain attention by now, release the others, and name what is used in the config."""
-    share(model.config, [part.config for part in parts_of(model)])
-    if any(uses_chain(part.config) for part in parts):
+    inside = parts_of(model)
+    share(model.config, [part.config for part in inside])
+    if any(uses_chain(part.config) for part in inside):
         check_undivided(model)
     for part in parts:
         if uses_chain(part.config):
