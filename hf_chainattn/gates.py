@@ -32,13 +32,14 @@ class ChainGate(nn.Module):
     def reset_parameters(self) -> None:
         """Write the gamma to begin with, unless the parameter was loaded from a checkpoint."""
         logits = torch.tensor(self.start, dtype=torch.float64, device="cpu").logit().to(self.bias)
-        if (mesh := getattr(self.bias, "device_mesh", None)) is not None:
+        bias: Any = self.bias
+        if hasattr(bias, "device_mesh"):
             # each process of fully sharded training has its part; all of them know the whole
             from torch.distributed.tensor import distribute_tensor
 
-            logits = distribute_tensor(logits, mesh, self.bias.placements, src_data_rank=None)
+            logits = distribute_tensor(logits, bias.device_mesh, bias.placements, src_data_rank=None)
         # does nothing to a parameter that transformers has marked as loaded
-        init.copy_(self.bias, logits)
+        init.copy_(bias, logits)
 
     def forward(self) -> Tensor:
         """Return gamma, float32."""
