@@ -85,8 +85,15 @@ def set_gate(module: nn.Module, start: Sequence[float] | None) -> None:
     if start is None and gate is not None:
         delattr(module, GATE)
     elif start is not None and (gate is None or _original(gate).start != tuple(start)):
-        parameter = next(module.parameters(), None)
-        setattr(module, GATE, ChainGate(start, None if parameter is None else parameter.device))
+        setattr(module, GATE, ChainGate(start, _device_of(module)))
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    """Return where a module computes, which is not where its parameters are while accelerate has them elsewhere."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    device = next((found for hook in hooks if (found := getattr(hook, "execution_device", None)) is not None), None)
+    parameter = next(module.parameters(), None)
+    return parameter.device if device is None and parameter is not None else device
 
 
 def keep_in_float32(model: PreTrainedModel) -> None:
