@@ -27,6 +27,7 @@ from transformers.utils import logging
 from hf_chainattn.config import ChainAttentionConfig
 from hf_chainattn.errors import AdapterError
 from hf_chainattn.gates import GATE, ChainGate, gates_of
+from hf_chainattn.models import check_savable
 from hf_chainattn.parts import named_configs, uses_chain
 from hf_chainattn.wrappers import Wrappers
 
@@ -98,6 +99,7 @@ def stamp(model: nn.Module, configs: Mapping[str, Any], active: Collection[str])
 
     Raises:
         AdapterError: If the model has gates that are trained and would not be saved.
+        UnsupportedModelError: If a part of it was switched in a way that cannot be told.
     """
     free = [gate for module in model.modules() if isinstance(gate := module._modules.get(GATE), ChainGate)]
     if any(gate.bias.requires_grad for gate in free):
@@ -108,6 +110,8 @@ def stamp(model: nn.Module, configs: Mapping[str, Any], active: Collection[str])
                     f"The gates of chain attention are trained, and the adapter {name!r} does not save them: give its "
                     f"config modules_to_save=[{GATE!r}], or freeze them."
                 )
+    for part in _outermost(model):
+        check_savable(part)
     used = attention_of(model)
     for name, config in configs.items():
         if name in active or KEY not in config.__dict__:

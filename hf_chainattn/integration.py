@@ -5,7 +5,8 @@ transformers would drop the padding mask silently; a class attribute ``PreTraine
 which ``from_pretrained(..., chain_attention={...})`` is refused; and wrappers around five methods of
 ``PreTrainedModel``. ``__init__`` begins and ``post_init`` ends every construction, ``set_attn_implementation`` makes
 every change: there a model that cannot run as a chain says so instead of ignoring it. ``save_pretrained`` writes the
-name into the config, ``_initialize_weights`` begins gates that a checkpoint lacks.
+name into the config, ``_initialize_weights`` begins gates that a checkpoint lacks. What loads and saves adapters is
+wrapped too, see ``adapters``.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from hf_chainattn.gates import ChainGate, gate_of, set_gate
 from hf_chainattn.generation import attend_with_cache
 from hf_chainattn.models import (
     check_model,
+    check_savable,
     check_undivided,
     divided,
     mark_places,
@@ -269,6 +271,7 @@ def _asks_whole(attn_implementation: str | dict[str, Any]) -> bool:
 def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     # here and not only at a change: a part may have been switched without the whole knowing
     name_in_config(model.config)
+    check_savable(model)
     if model._hf_peft_config_loaded:
         # the adapter is saved, without the model
         stamp(model, model.peft_config, model.active_adapters())

@@ -12,7 +12,7 @@ from hf_chainattn.calls import place_of, set_place, unwatch, watch
 from hf_chainattn.config import ChainAttentionConfig, Diagonal, Gamma
 from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.gates import keep_in_float32, set_gate
-from hf_chainattn.parts import NAME, decoder_key, decoder_key_or_none, uses_chain
+from hf_chainattn.parts import NAME, decoder_key, decoder_key_or_none, named_configs, uses_chain
 
 # of models with chain attention on the Hub
 TAG = "chain-attention"
@@ -278,6 +278,24 @@ def tag(model: PreTrainedModel) -> None:
         model.add_model_tags(TAG)
     elif TAG in (model.model_tags or ()):
         model.model_tags.remove(TAG)
+
+
+def check_savable(model: PreTrainedModel) -> None:
+    """Raise if a part of a model uses chain attention and no config that is saved with the model says so.
+
+    Raises:
+        UnsupportedModelError: If so; a reload would be ordinary.
+    """
+    saved = [config for _, config in named_configs(model.config)]
+    for name, part in model.named_modules():
+        if not isinstance(part, PreTrainedModel) or not uses_chain(part.config):
+            continue
+        # some models make copies of their config for their stacks
+        if not any(uses_chain(config) for config in saved if type(config) is type(part.config)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} would be saved without the chain attention of {name}, whose config is a copy "
+                "that is not saved: switch the whole model with enable_chain_attention(model)."
+            )
 
 
 def name_in_config(config: PreTrainedConfig) -> None:

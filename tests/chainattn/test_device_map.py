@@ -4,7 +4,6 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from transformers import AutoModelForCausalLM
 
 from hf_chainattn import ChainGate, disable_chain_attention, enable_chain_attention
 from hf_chainattn.models import dispatching_modules
@@ -55,10 +54,6 @@ def chain_checkpoint(checkpoint, tmp_path_factory):
     return folder
 
 
-def loader(folder):
-    return lambda **asked: AutoModelForCausalLM.from_pretrained(folder, **asked)
-
-
 def tokens(model):
     return model.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
 
@@ -67,15 +62,15 @@ def tokens(model):
 def test_a_placed_model_computes_generates_and_switches_back(place, checkpoint, chain_checkpoint, tmp_path):
     """Oracle: the same model where it was loaded, and ordinary attention, bit by bit."""
     hooked, put = PLACES[place]
-    model, plain = put(loader(chain_checkpoint), str(tmp_path)), loader(chain_checkpoint)()
+    model, plain = put(Base(chain_checkpoint), str(tmp_path)), Base(chain_checkpoint)()
     attention = model.model.layers[-1].self_attn
     assert ("forward" in vars(attention.q_proj)) == hooked
     assert [module for _, module in dispatching_modules(model)][-1] is attention
     assert torch.equal(logits(model), logits(plain))
     assert torch.equal(tokens(model), tokens(plain))
-    assert not torch.equal(logits(model), logits(loader(checkpoint)()))
+    assert not torch.equal(logits(model), logits(Base(checkpoint)()))
     disable_chain_attention(model)
-    assert torch.equal(logits(model), logits(loader(checkpoint)()))
+    assert torch.equal(logits(model), logits(Base(checkpoint)()))
     assert not [module for module in model.modules() if module._forward_pre_hooks]
 
 
@@ -83,9 +78,9 @@ def test_a_placed_model_computes_generates_and_switches_back(place, checkpoint, 
 @pytest.mark.parametrize("place", ["auto", "layers on disk", "dispatch_model"])
 def test_a_placed_model_is_saved_with_its_chain(place, chain_checkpoint, tmp_path):
     """Oracle: bit equality after a reload. What cpu_offload alone has moved, transformers itself cannot save."""
-    model = PLACES[place][1](loader(chain_checkpoint), str(tmp_path / "offloaded"))
+    model = PLACES[place][1](Base(chain_checkpoint), str(tmp_path / "offloaded"))
     model.save_pretrained(tmp_path / "saved")
-    again = loader(tmp_path / "saved")()
+    again = Base(tmp_path / "saved")()
     assert again.config.chain_attention == {"diagonal": "kept", **GATES}
     assert torch.equal(logits(again), logits(model))
 
@@ -94,6 +89,6 @@ def test_a_placed_model_is_saved_with_its_chain(place, chain_checkpoint, tmp_pat
 @pytest.mark.parametrize("place", list(PLACES))
 def test_a_model_becomes_a_chain_after_it_was_placed(place, settings, checkpoint, tmp_path):
     """Oracle: the same switch where it was loaded. New gates are where their layer computes, not where it is kept."""
-    model = enable_chain_attention(PLACES[place][1](loader(checkpoint), str(tmp_path)), **settings)
-    assert torch.equal(logits(model), logits(enable_chain_attention(loader(checkpoint)(), **settings)))
-    assert torch.equal(tokens(model), tokens(enable_chain_attention(loader(checkpoint)(), **settings)))
+    model = enable_chain_attention(PLACES[place][1](Base(checkpoint), str(tmp_path)), **settings)
+    assert torch.equal(logits(model), logits(enable_chain_attention(Base(checkpoint)(), **settings)))
+    assert torch.equal(tokens(model), tokens(enable_chain_attention(Base(checkpoint)(), **settings)))

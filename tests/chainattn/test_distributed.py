@@ -1,9 +1,11 @@
-"""Two processes with half of a batch each are one process with all of it: gates, rising gammas, and Trainer too."""
+"""Two processes with half of a batch each are one process with all of it, and none of them gets half of the heads."""
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import DistributedConfig, Trainer, TrainerCallback
 
 from hf_chainattn import ChainGate, GammaSchedule, enable_chain_attention
@@ -67,12 +69,43 @@ def sharded(checkpoint, **arguments):
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
 
 
+def attempt(action):
+    """What an action raised: the name of the class and the message."""
+    try:
+        action()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def tensor_parallel(checkpoint):
+    """What comes of real tensor parallelism: of transformers, by either argument, and of PyTorch itself."""
+    ids, plan = IDS[:, :8], {"distributed_config": DistributedConfig(tp_size=2)}
+    ordinary, chain = Base(checkpoint), Base(checkpoint, {"gamma": 0.8})
+    errors = [attempt(lambda: chain(**plan)), attempt(lambda: chain(tp_size=2))]
+    with torch.no_grad():
+        whole, divided = ordinary()(ids).logits, ordinary(**plan)
+        # the plan is carried out, and ordinary attention is right with it
+        assert divided._tp_size == 2
+        torch.testing.assert_close(divided(ids).logits, whole, rtol=1e-4, atol=1e-3)
+        errors.append(attempt(lambda: enable_chain_attention(divided)))
+        model, mesh = chain(), init_device_mesh("cpu", (2,))
+        styles = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")} | {"o_proj": RowwiseParallel()}
+        for layer in model.model.layers:
+            parallelize_module(layer.self_attn, mesh, styles)
+        errors.append(attempt(lambda: model(ids)))
+        model.set_attn_implementation("sdpa")
+        torch.testing.assert_close(model(ids).logits, whole, rtol=1e-4, atol=1e-3)
+    return errors
+
+
 def work(rank, folder, checkpoint):
     """All that one of the two processes does: starting it takes longer."""
     assert Accelerator(cpu=True).num_processes == 2
     by_hand = {name: train(settings, HALVES[rank]) for name, settings in SETTINGS.items()}
     with_trainer = {name: train_with_trainer(folder, settings, 2) for name, settings in SETTINGS.items()}
-    return by_hand, with_trainer, sharded(checkpoint, distributed_config=DistributedConfig(fsdp_size=2))
+    fully_sharded = sharded(checkpoint, distributed_config=DistributedConfig(fsdp_size=2))
+    return by_hand, with_trainer, fully_sharded, tensor_parallel(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +128,7 @@ def test_gradients_and_parameters_are_those_of_one_process(name, two):
 def test_trainer_in_two_processes_is_trainer_in_one(name, two, tmp_path):
     """Oracle: one process with batches of twice the size; gamma rises alike in all processes."""
     alone, gammas = train_with_trainer(tmp_path, SETTINGS[name], 4)
-    for _, with_trainer, _ in two:
+    for _, with_trainer, *_ in two:
         found, seen = with_trainer[name]
         assert seen == gammas
         for parameter, expected in alone.items():
@@ -108,7 +141,15 @@ def test_gates_are_made_where_parameters_are_divided_over_processes(checkpoint, 
     """Oracle: the gradients in one process. Gates that a checkpoint lacks begin at gamma in every part of them."""
     expected = sharded(checkpoint)
     assert sum("chain_gate" in name for name in expected) == 3
-    for *_, found in two:
+    for *_, found, _ in two:
         assert list(found) == list(expected)
         for name, grad in expected.items():
             torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6 * grad.abs().max().item())
+
+
+def test_real_tensor_parallelism_is_refused_in_every_process(two):
+    """Control: the same divided models run with ordinary attention."""
+    for *_, errors in two:
+        assert [name for name, _ in errors] == ["UnsupportedModelError"] * 4
+        assert all("by tensor parallelism" in message for _, message in errors)
+        assert "with 2 of 4 heads here" in errors[-1][1]

@@ -1,20 +1,16 @@
-"""Tensor parallelism is refused: before a model is loaded, once it is divided, and where something else divides it."""
+"""Tensor parallelism is refused, here where one process plays two; test_distributed.py has two."""
 
 import pytest
 import torch
 import transformers
-from torch import distributed
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import AutoModelForCausalLM, DistributedConfig
+from transformers import DistributedConfig
 
 from hf_chainattn import UnsupportedModelError, enable_chain_attention
 from tests.chainattn.test_models import llava
 from tests.helpers.adapters import IDS
 from tests.helpers.decoders import decoder
-from tests.helpers.two_processes import in_two_processes
 
 REFUSED = r"divided over .* by tensor parallelism, .*: load it without tp_plan"
-CHAIN = {"attn_implementation": "chain", "chain_attention": {"gamma": 0.8}}
 
 
 def of_two(config):
@@ -60,46 +56,3 @@ def test_a_layer_with_some_of_its_heads_is_refused_when_it_is_called(use_cache):
         model(IDS, use_cache=use_cache)
     model.set_attn_implementation("sdpa")
     assert model(IDS, use_cache=use_cache).logits.isfinite().all()
-
-
-def attempt(action):
-    """What an action raised: the name of the class and the message."""
-    try:
-        action()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "nothing", ""
-
-
-def work(rank, folder, checkpoint):
-    """Real tensor parallelism: of transformers, by either argument, and of PyTorch itself."""
-    ids = IDS[:, :8]
-    plan = {"distributed_config": DistributedConfig(tp_size=2)}
-
-    def load(**arguments):
-        return AutoModelForCausalLM.from_pretrained(checkpoint, **arguments)
-
-    errors = [attempt(lambda: load(**CHAIN, **plan)), attempt(lambda: load(**CHAIN, tp_size=2))]
-    with torch.no_grad():
-        whole, divided = load()(ids).logits, load(**plan)
-        assert divided._tp_size == 2
-        # the plan is carried out: the weights are divided, and ordinary attention is right with them
-        torch.testing.assert_close(divided(ids).logits, whole, rtol=1e-4, atol=1e-3)
-        errors.append(attempt(lambda: enable_chain_attention(divided)))
-        chain = load(**CHAIN)
-        mesh = distributed.device_mesh.init_device_mesh("cpu", (2,))
-        for layer in chain.model.layers:
-            styles = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
-            parallelize_module(layer.self_attn, mesh, styles | {"o_proj": RowwiseParallel()})
-        errors.append(attempt(lambda: chain(ids)))
-        chain.set_attn_implementation("sdpa")
-        torch.testing.assert_close(chain(ids).logits, whole, rtol=1e-4, atol=1e-3)
-    return errors
-
-
-def test_real_tensor_parallelism_is_refused_in_every_process(checkpoint, tmp_path):
-    """Control: the same divided model runs with ordinary attention."""
-    for errors in in_two_processes(tmp_path, work, checkpoint):
-        assert [name for name, _ in errors] == ["UnsupportedModelError"] * 4
-        assert all("by tensor parallelism" in message for _, message in errors)
-        assert "with 2 of 4 heads here" in errors[-1][1]

@@ -20,8 +20,8 @@ class Base:
         chain = {} if settings is None else {"attn_implementation": "chain", "chain_attention": settings}
         self.asked = chain | others
 
-    def __call__(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.folder, **self.asked)
+    def __call__(self, **others: Any) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.folder, **self.asked, **others)
 
 
 def _as_another(model: Any, folder: str) -> Any:
