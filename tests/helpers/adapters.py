@@ -1,6 +1,7 @@
 """Ways from a folder with an adapter of PEFT to a model with it, from a checkpoint of ordinary attention."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -49,6 +50,12 @@ def _beside(base: Base, folder: str) -> peft.PeftModel:
 
 ROUTES: dict[str, Callable[[Base, str], Any]] = {
     "PeftModel.from_pretrained": lambda base, folder: peft.PeftModel.from_pretrained(base(), folder),
+    "a config at hand": lambda base, folder: peft.PeftModel.from_pretrained(
+        base(), folder, config=peft.PeftConfig.from_pretrained(folder)
+    ),
+    "a subfolder": lambda base, folder: peft.PeftModel.from_pretrained(
+        base(), Path(folder).parent, subfolder=Path(folder).name
+    ),
     "another adapter": lambda base, folder: _as_another(_beside(base, folder), folder),
     "an adapter that is there": lambda base, folder: _as_default(_beside(base, folder), folder),
     "AutoPeftModel": lambda base, folder: peft.AutoPeftModelForCausalLM.from_pretrained(folder, **base.asked),
