@@ -35,11 +35,13 @@ class Place(NamedTuple):
         number: Which layer, from 0.
         in_encoder: Whether it is one of an encoder-decoder's encoder.
         parameters: Of its forward, in order.
+        heads: How many query heads it has; ``None`` until its model is complete.
     """
 
     number: int
     in_encoder: bool
     parameters: tuple[str, ...]
+    heads: int | None = None
 
 
 class Call(NamedTuple):

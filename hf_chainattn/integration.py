@@ -17,6 +17,7 @@ from hf_chainattn.dense import attention_weights
 from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.gates import gate_of
 from hf_chainattn.generation import attend_with_cache
+from hf_chainattn.models import divided
 
 # what models hand on that does not change attention, or that the mask already holds
 _HARMLESS = frozenset(
@@ -99,6 +100,8 @@ def chain_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
         )
         return output, attention
+    if call.place.heads not in (None, query.shape[1]):
+        raise divided(type(module).__name__, f"processes, with {query.shape[1]} of {call.place.heads} heads here,")
     gate = gate_of(module)
     if settings.learnable != (gate is not None) and gamma != 0.0:
         raise UnsupportedModelError(

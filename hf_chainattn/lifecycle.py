@@ -14,11 +14,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from hf_chainattn.adapters import stamp
 from hf_chainattn.card import update_model_card
 from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.gates import ChainGate, gate_of, set_gate
 from hf_chainattn.models import (
     check_model,
+    check_savable,
+    check_undivided,
     mark_places,
     name_in_config,
     never_dispatches,
@@ -103,6 +106,10 @@ def save_with_name(
     """Write the name of the implementation into the config that is saved, and how to load it into the model card."""
     # here and not only at a change: a part may have been switched without the whole knowing
     name_in_config(model.config)
+    check_savable(model)
+    if model._hf_peft_config_loaded:
+        # the adapter is saved, without the model
+        stamp(model, model.peft_config, model.active_adapters())
     original(model, save_directory, is_main_process, *args, **kwargs)
     if model.should_save_on_this_rank(is_main_process):
         update_model_card(model, save_directory)
@@ -119,7 +126,10 @@ def begin_gate(original: Callable[..., Any], model: PreTrainedModel, module: nn.
 
 def _settle(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
     """Prepare the parts that use chain attention by now, release the others, and name what is used in the config."""
-    share(model.config, [part.config for part in parts_of(model)])
+    inside = parts_of(model)
+    share(model.config, [part.config for part in inside])
+    if any(uses_chain(part.config) for part in inside):
+        check_undivided(model)
     for part in parts:
         if uses_chain(part.config):
             prepare_model(part)

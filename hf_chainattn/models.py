@@ -12,7 +12,7 @@ from hf_chainattn.calls import place_of, set_place, unwatch, watch
 from hf_chainattn.config import ChainAttentionConfig, Diagonal, Gamma
 from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.gates import keep_in_float32, set_gate
-from hf_chainattn.parts import NAME, decoder_key, decoder_key_or_none, uses_chain
+from hf_chainattn.parts import NAME, decoder_key, decoder_key_or_none, named_configs, uses_chain
 
 # of models with chain attention on the Hub
 TAG = "chain-attention"
@@ -150,6 +150,29 @@ def never_dispatches(kind: str) -> UnsupportedModelError:
     )
 
 
+def check_undivided(model: PreTrainedModel) -> None:
+    """Raise if a model is divided over processes by tensor parallelism, or will be when its weights are loaded.
+
+    Each process would have some of the heads of a layer. Gates, lists of gammas and caches are not divided with them.
+
+    Raises:
+        UnsupportedModelError: If so.
+    """
+    # the first is there before the model is built, the second after it has been divided
+    planned = getattr(model.config, "distributed_config", None)
+    for size in (getattr(planned, "tp_size", None), *(part._tp_size for part in parts_of(model))):
+        if size is not None and size > 1:
+            raise divided(type(model).__name__, f"{size} processes")
+
+
+def divided(kind: str, how: str) -> UnsupportedModelError:
+    """Return the error for a model or module whose heads are divided by tensor parallelism."""
+    return UnsupportedModelError(
+        f"{kind} is divided over {how} by tensor parallelism, and the gates, gammas and caches of chain attention are "
+        "not: load it without tp_plan, tp_size or a DistributedConfig with tp_size > 1; data parallelism is supported."
+    )
+
+
 def _check_module(kind: str, name: str, module: nn.Module) -> None:
     arguments = [argument for argument in inspect.signature(type(module).forward).parameters if argument != "self"]
     if arguments[:1] != ["hidden_states"]:
@@ -199,12 +222,13 @@ def mark_places(model: PreTrainedModel) -> None:
         if (place := place_of(module)) is None:
             continue
         in_encoder = two_sides and (_in_encoder(name) or getattr(module, "is_decoder", None) is False)
-        set_place(module, place._replace(in_encoder=in_encoder))
+        heads = _heads_of(module)
+        set_place(module, place._replace(in_encoder=in_encoder, heads=heads))
         settings = ChainAttentionConfig.from_value(getattr(module.config, "chain_attention", None))
-        start = settings.start_of(place.number, _heads_of(module), in_encoder=in_encoder)
+        start = settings.start_of(place.number, heads, in_encoder=in_encoder)
         set_gate(module, None if is_cross_attention(name) else start)
         if not in_encoder:
-            settings.check_layer(place.number, _heads_of(module), _layers_of(module))
+            settings.check_layer(place.number, heads, _layers_of(module))
 
 
 def is_cross_attention(name: str) -> bool:
@@ -254,6 +278,24 @@ def tag(model: PreTrainedModel) -> None:
         model.add_model_tags(TAG)
     elif TAG in (model.model_tags or ()):
         model.model_tags.remove(TAG)
+
+
+def check_savable(model: PreTrainedModel) -> None:
+    """Raise if a part of a model uses chain attention and no config that is saved with the model says so.
+
+    Raises:
+        UnsupportedModelError: If so; a reload would be ordinary.
+    """
+    saved = [config for _, config in named_configs(model.config)]
+    for name, part in model.named_modules():
+        if not isinstance(part, PreTrainedModel) or not uses_chain(part.config):
+            continue
+        # some models make copies of their config for their stacks
+        if not any(uses_chain(config) for config in saved if type(config) is type(part.config)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} would be saved without the chain attention of {name}, whose config is a copy "
+                "that is not saved: switch the whole model with enable_chain_attention(model)."
+            )
 
 
 def name_in_config(config: PreTrainedConfig) -> None:

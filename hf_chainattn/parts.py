@@ -1,6 +1,6 @@
 """Models that are made of several models: which part becomes a chain when the whole is asked to."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from transformers import PreTrainedConfig
 
@@ -68,6 +68,14 @@ def share(config: PreTrainedConfig, others: Iterable[PreTrainedConfig]) -> None:
     for other in others:
         if other is not config and type(other) is type(config) and id(other) not in own and uses_chain(config):
             other.chain_attention = config.chain_attention
+
+
+def named_configs(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """Yield a config under the name ``""`` and all inside it under dotted ones, such as ``text_config``."""
+    yield "", config
+    for key, part in _parts(config).items():
+        for name, inner in named_configs(part):
+            yield f"{key}.{name}" if name else key, inner
 
 
 def _parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
