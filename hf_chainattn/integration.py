@@ -5,7 +5,8 @@ transformers would drop the padding mask silently; a class attribute ``PreTraine
 which ``from_pretrained(..., chain_attention={...})`` is refused; and wrappers around five methods of
 ``PreTrainedModel``. ``__init__`` begins and ``post_init`` ends every construction, ``set_attn_implementation`` makes
 every change: there a model that cannot run as a chain says so instead of ignoring it. ``save_pretrained`` writes the
-name into the config, ``_initialize_weights`` begins gates that a checkpoint lacks.
+name into the config, ``_initialize_weights`` begins gates that a checkpoint lacks, ``init_continuous_batching`` is
+refused.
 """
 
 import functools
@@ -15,34 +16,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from hf_chainattn.api import chain_attention
-from hf_chainattn.calls import call_of
+from hf_chainattn.calls import call_of, note_attention
 from hf_chainattn.config import ChainAttentionConfig
 from hf_chainattn.dense import attention_weights
 from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.gates import ChainGate, gate_of, set_gate
 from hf_chainattn.generation import attend_with_cache
 from hf_chainattn.models import (
+    check_class,
     check_model,
+    check_part,
     mark_places,
     name_in_config,
-    never_dispatches,
     parts_of,
     prepare_model,
     release_model,
     tag,
 )
-from hf_chainattn.parts import NAME, decoder_key, hand_down, narrow, share, uses_chain
+from hf_chainattn.parts import NAME, all_configs, decoder_key, hand_down, narrow, parts_asked, share, uses_chain
 
 # what models hand on that does not change attention, or that the mask already holds
 _HARMLESS = frozenset(
     {
         "cache_position",
         "deterministic",
+        "logits_to_keep",
         "num_items_in_batch",
         "output_attentions",
         "output_hidden_states",
@@ -54,8 +58,8 @@ _HARMLESS = frozenset(
     }
 )
 
-# the wrappers that stand in PreTrainedModel while registered
-_installed: dict[str, Any] = {}
+# the wrappers that stand in classes of transformers while registered, by class and method
+_installed: dict[tuple[type, str], Any] = {}
 
 logger = logging.get_logger(__name__)
 
@@ -75,9 +79,9 @@ def register() -> None:
     AttentionInterface.register(NAME, chain_attention_forward)
     AttentionMaskInterface.register(NAME, chain_mask)
     PreTrainedConfig.chain_attention = None
-    for method, wrapper in _WRAPPERS.items():
-        _installed[method] = wrapper(getattr(PreTrainedModel, method))
-        setattr(PreTrainedModel, method, _installed[method])
+    for (owner, method), wrapper in _WRAPPERS.items():
+        _installed[owner, method] = wrapper(getattr(owner, method))
+        setattr(owner, method, _installed[owner, method])
 
 
 def unregister() -> None:
@@ -87,10 +91,10 @@ def unregister() -> None:
     del AttentionInterface._global_mapping[NAME]
     del AttentionMaskInterface._global_mapping[NAME]
     del PreTrainedConfig.chain_attention
-    for method, ours in _installed.items():
+    for (owner, method), ours in _installed.items():
         # where another library has wrapped ours in turn, ours stays, and does nothing while it is not registered
-        if getattr(PreTrainedModel, method) is ours:
-            setattr(PreTrainedModel, method, ours.__wrapped__)
+        if getattr(owner, method) is ours:
+            setattr(owner, method, ours.__wrapped__)
     _installed.clear()
 
 
@@ -150,19 +154,15 @@ def chain_attention_forward(
             f"{type(module).__name__} hands {strange} to its attention, which chain attention does not know and may "
             "not ignore: use attn_implementation='eager' for this model, or call it without them."
         )
+    note_attention(module)
     mask, settings = _with_bias(attention_mask, position_bias), ChainAttentionConfig.from_value(stored)
     attention = None
     if others.get("output_attentions"):
         attention = attention_weights(query, key, mask, scale=scaling, softcap=softcap)
     gamma: float | tuple[float, ...] | Tensor = settings.of_layer(call.place.number, in_encoder=call.place.in_encoder)
-    # what is ordinary is left to sdpa, which has no softcap and knows no U in a cache
+    # ordinary attention knows no U in a cache
     if call.crosses or (gamma == 0.0 and softcap is None and call.layer is None):
-        if softcap is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} softcaps cross-attention, which sdpa cannot do.")
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
-        )
-        return output, attention
+        return _ordinary(module, query, key, value, mask, dropout, scaling, softcap), attention
     gate = gate_of(module)
     if settings.learnable != (gate is not None) and gamma != 0.0:
         raise UnsupportedModelError(
@@ -203,6 +203,30 @@ def chain_mask(
     return mask
 
 
+def _ordinary(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Return ordinary attention ``[B, T, H, E]``: that of sdpa, or written out where there is a softcap."""
+    if softcap is not None:
+        weights = attention_weights(query, key, mask, scale=scaling, softcap=softcap)
+        values = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+        return (nn.functional.dropout(weights, dropout) @ values).transpose(1, 2).contiguous()
+    if mask is not None and mask.is_floating_point():
+        # the kernel of torch 2.13 for CPUs reads a float32 mask as if it were float64 where the queries are
+        mask = mask.to(torch.promote_types(mask.dtype, query.dtype))
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
+    )
+    return output
+
+
 def _with_bias(attention_mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
     """Return one mask ``[1 or B, 1 or H, T, T]`` that holds both who is seen and what is added."""
     if position_bias is None or attention_mask is None:
@@ -233,10 +257,8 @@ def _init(
 ) -> None:
     if isinstance(config, PreTrainedConfig):
         narrow(config)
-    # before the modules are built: some look the name up in a table of their own, and would end in a bare KeyError
-    asked = isinstance(config, PreTrainedConfig) and uses_chain(config)
-    if asked and not type(model)._can_set_attn_implementation():
-        raise never_dispatches(type(model).__name__)
+        if uses_chain(config):
+            check_class(type(model))
     original(model, config, *args, **kwargs)
 
 
@@ -256,21 +278,23 @@ def _set_attn_implementation(
         hand_down(model.config, key)
         others = attn_implementation if isinstance(attn_implementation, dict) else {}
         attn_implementation = {key: NAME} | {name: value for name, value in others.items() if name != ""}
-    if attn_implementation == NAME:
-        # transformers only logs where a model type cannot switch; asked for by name, that is an error
+    if attn_implementation == NAME or key == "":
         check_model(model)
-    elif isinstance(attn_implementation, dict) and NAME in attn_implementation.values():
+    if isinstance(attn_implementation, dict) and NAME in attn_implementation.values():
         known = {"", *model.config.sub_configs}
         if unknown := sorted(set(attn_implementation) - known):
             raise UnsupportedModelError(f"{type(model).__name__} has the parts {sorted(known)}, got {unknown}.")
     parts, gated = parts_of(model), [module for module in model.modules() if gate_of(module) is not None]
-    before = [part.config._attn_implementation for part in parts]
+    configs = [inner for part in parts for inner in all_configs(part.config)]
+    before = [config._attn_implementation for config in configs]
     try:
         original(model, attn_implementation, **kwargs)
+        for config in parts_asked(model.config, attn_implementation):
+            check_part(model, config)
         _settle(model, parts)
     except Exception:
-        for part, implementation in zip(parts, before, strict=True):
-            part.config._attn_implementation_internal = implementation
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
         for module in model.modules():
             if module not in gated:
                 set_gate(module, None)
@@ -302,12 +326,24 @@ def _initialize_weights(original: Callable[..., Any], model: PreTrainedModel, mo
     original(model, module, *args)
 
 
-_WRAPPERS = {
-    "__init__": _init,
-    "post_init": _post_init,
-    "set_attn_implementation": _set_attn_implementation,
-    "save_pretrained": _save_pretrained,
-    "_initialize_weights": _initialize_weights,
+@_wrapping
+def _init_continuous_batching(original: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    # it would switch to flash attention by itself where that is installed
+    if any(uses_chain(part.config) for part in parts_of(model)):
+        raise UnsupportedModelError(
+            f"Continuous batching has attention and caches of its own, and {type(model).__name__} is a chain: use "
+            "generate(), which takes batches too."
+        )
+    return original(model, *args, **kwargs)
+
+
+_WRAPPERS: dict[tuple[type, str], Callable[..., Any]] = {
+    (PreTrainedModel, "__init__"): _init,
+    (PreTrainedModel, "post_init"): _post_init,
+    (PreTrainedModel, "set_attn_implementation"): _set_attn_implementation,
+    (PreTrainedModel, "save_pretrained"): _save_pretrained,
+    (PreTrainedModel, "_initialize_weights"): _initialize_weights,
+    (ContinuousMixin, "init_continuous_batching"): _init_continuous_batching,
 }
 
 
