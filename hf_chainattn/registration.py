@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.generation.continuous_batching import ContinuousMixin
 
 from hf_chainattn.adapters import wrap_adapters
 from hf_chainattn.card import wrap_cards
 from hf_chainattn.integration import chain_attention_forward, chain_mask
 from hf_chainattn.lifecycle import (
     begin_construction,
+    begin_continuous_batching,
     begin_gate,
     change_implementation,
     end_construction,
@@ -51,6 +53,7 @@ def register() -> None:
     PreTrainedConfig.chain_attention = None
     for name, around in _AROUND.items():
         _wrappers.put(PreTrainedModel, name, around)
+    _wrappers.put(ContinuousMixin, "init_continuous_batching", begin_continuous_batching)
     wrap_cards(_wrappers)
     wrap_adapters(_wrappers)
 

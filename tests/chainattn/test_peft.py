@@ -347,4 +347,5 @@ def test_unregistering_gives_everything_back():
         hf_chainattn.register()
     again = surface()
     assert again[2][1].__wrapped__ is plain[2][1] is wrapped[2][1].__wrapped__
-    assert again[5] == wrapped[5]
+    # those that wait for an import are new ones
+    assert list(map(type, again[5])) == list(map(type, wrapped[5]))
