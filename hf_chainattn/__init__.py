@@ -20,11 +20,13 @@ from hf_chainattn.models import disable_chain_attention, enable_chain_attention
 from hf_chainattn.plots import plot_hops, plot_mixing
 from hf_chainattn.reference import chain_attention_reference
 from hf_chainattn.schedule import GammaSchedule
+from hf_chainattn.walks import ChainWalk, chain_walks
 
 __all__ = [
     "ChainAttentionConfig",
     "ChainAttentionError",
     "ChainGate",
+    "ChainWalk",
     "GammaSchedule",
     "InexactSolveError",
     "InexactSolveWarning",
@@ -33,6 +35,7 @@ __all__ = [
     "chain_attention",
     "chain_attention_reference",
     "chain_decode_step",
+    "chain_walks",
     "disable_chain_attention",
     "enable_chain_attention",
     "gate_parameter_groups",

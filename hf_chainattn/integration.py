@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from hf_chainattn.api import chain_attention
-from hf_chainattn.calls import call_of
+from hf_chainattn.calls import call_of, show
 from hf_chainattn.config import ChainAttentionConfig
 from hf_chainattn.dense import attention_weights
 from hf_chainattn.errors import UnsupportedModelError
@@ -155,10 +155,13 @@ def chain_attention_forward(
     if others.get("output_attentions"):
         attention = attention_weights(query, key, mask, scale=scaling, softcap=softcap)
     gamma: float | tuple[float, ...] | Tensor = settings.of_layer(call.place.number, in_encoder=call.place.in_encoder)
+    shown = {"diagonal": settings.diagonal, "scale": scaling, "softcap": softcap}
     # what is ordinary is left to sdpa, which has no softcap and knows no U in a cache
     if call.crosses or (gamma == 0.0 and softcap is None and call.layer is None):
         if softcap is not None:
             raise UnsupportedModelError(f"{type(module).__name__} softcaps cross-attention, which sdpa cannot do.")
+        if not call.crosses:
+            show(module, query, key, mask, gamma=0.0, **shown)
         output, _ = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
         )
@@ -174,13 +177,8 @@ def chain_attention_forward(
         gamma = gate()
     elif isinstance(gamma, tuple):
         gamma = torch.tensor(gamma, dtype=torch.float64)
-    options: dict[str, Any] = {
-        "gamma": gamma,
-        "diagonal": settings.diagonal,
-        "scale": scaling,
-        "softcap": softcap,
-        "dropout_p": dropout,
-    }
+    show(module, query, key, mask, gamma=gamma, **shown)
+    options: dict[str, Any] = {"gamma": gamma, "dropout_p": dropout, **shown}
     if call.layer is None:
         output = chain_attention(query, key, value, attn_mask=mask, is_causal=False, **options)
     else:
