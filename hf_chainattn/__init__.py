@@ -5,6 +5,7 @@ One layer follows references of any depth, ``Y = (1 - gamma) A (I - gamma A)^-1 
 
 from hf_chainattn.analysis import hop_distribution, mixing_matrix
 from hf_chainattn.api import chain_attention
+from hf_chainattn.card import update_model_card
 from hf_chainattn.config import ChainAttentionConfig
 from hf_chainattn.decode import chain_decode_step
 from hf_chainattn.errors import (
@@ -14,12 +15,14 @@ from hf_chainattn.errors import (
     UnsupportedCacheError,
     UnsupportedModelError,
 )
+from hf_chainattn.export import save_with_code
 from hf_chainattn.gates import ChainGate, gate_parameter_groups
-from hf_chainattn.integration import is_registered, register, unregister
 from hf_chainattn.models import disable_chain_attention, enable_chain_attention
 from hf_chainattn.plots import plot_hops, plot_mixing
 from hf_chainattn.reference import chain_attention_reference
+from hf_chainattn.registration import is_registered, register, unregister
 from hf_chainattn.schedule import GammaSchedule
+from hf_chainattn.summary import gamma_by_layer
 from hf_chainattn.walks import ChainWalk, chain_walks
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "chain_walks",
     "disable_chain_attention",
     "enable_chain_attention",
+    "gamma_by_layer",
     "gate_parameter_groups",
     "hop_distribution",
     "is_registered",
@@ -45,7 +49,9 @@ __all__ = [
     "plot_hops",
     "plot_mixing",
     "register",
+    "save_with_code",
     "unregister",
+    "update_model_card",
 ]
 
 register()

@@ -51,6 +51,11 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
+def work_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype of the computation: float32, or float64 if one of the inputs is."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
 def gamma_and_halting(gamma: float | Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Return gamma and ``1 - gamma`` of every head, ``[H]`` each, in the dtype of the computation.
 
@@ -61,10 +66,7 @@ def gamma_and_halting(gamma: float | Tensor, query: Tensor, key: Tensor, value: 
         TypeError: If gamma is neither a number nor a tensor.
         ValueError: If a number is outside ``[0, 1)``, or a tensor not floating point with 1 or ``H`` elements.
     """
-    heads = query.shape[1]
-    dtype = torch.float32
-    for tensor in (query, key, value):
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    heads, dtype = query.shape[1], work_dtype(query, key, value)
     if not isinstance(gamma, Tensor):
         check_gamma(gamma)
         hop, halting = (torch.full((heads,), n, dtype=dtype, device=query.device) for n in (gamma, 1.0 - gamma))

@@ -1,9 +1,12 @@
 """Settings of chain attention: one dataclass that is the argument, the check and the save format."""
 
+import functools
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
+
+import torch
 
 Diagonal = Literal["kept", "removed"]
 # of all layers; of each layer; of each head of each layer
@@ -132,7 +135,17 @@ class ChainAttentionConfig:
                 f"config.chain_attention may hold {sorted(_KEYS)}, got the unknown {unknown}: remove them, or update "
                 "hf-chain-highway-certify if a newer version wrote this config."
             )
-        return cls(**value)
+        # asked for by every attention module for every token, and checked once; not by a compiler, which checks once
+        items = tuple((key, entry, type(entry)) for key, entry in value.items())
+        if torch.compiler.is_compiling() or not all(isinstance(entry, int | float | str) for _, entry, _ in items):
+            return cls(**value)
+        return _from_items(items)
+
+
+@functools.lru_cache(maxsize=64)
+def _from_items(items: tuple[tuple[str, Any, type], ...]) -> ChainAttentionConfig:
+    # types are part of the key, because True equals 1
+    return ChainAttentionConfig(**{key: entry for key, entry, _ in items})
 
 
 # taken once: the compiler cannot trace dataclasses.fields

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from hf_chainattn.arguments import check_shapes, check_tensors, gamma_and_halting
-from hf_chainattn.config import check_diagonal
+from hf_chainattn.arguments import check_shapes, check_tensors, gamma_and_halting, work_dtype
+from hf_chainattn.config import check_diagonal, check_gamma
 from hf_chainattn.dense import softmax
 from hf_chainattn.linalg import solve
 from hf_chainattn.masks import hidden_by
@@ -84,10 +84,11 @@ def chain_decode_step(
     check_diagonal(diagonal)
     _check_past(query, key, value, past_key, past_u)
     _check_mask(attn_mask, query, past_key.shape[2])
-    hop, halting = (part.view(-1, 1, 1) for part in gamma_and_halting(gamma, query, key, value))
+    hop, halting = _rates(gamma, query, key, value)
+    dtype = work_dtype(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(query):
-        work = [tensor.to(hop.dtype) for tensor in (query, key, value, past_key, past_u)]
+        work = [tensor.to(dtype) for tensor in (query, key, value, past_key, past_u)]
         work[0] = work[0] * scale
         logits = torch.cat([_products(work[0], work[3]), _products(work[0], work[1])], -1)
         if softcap is not None:
@@ -126,10 +127,11 @@ def decode_from_memory(
         dropout_p: Dropout of the read-out.
     """
     rows = query.shape[2]
-    hop, halting = (part.view(-1, 1, 1) for part in gamma_and_halting(gamma, query, key, values))
+    hop, halting = _rates(gamma, query, key, values)
+    dtype = work_dtype(query, key, values)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(query):
-        work = [tensor.to(hop.dtype) for tensor in (query, key, values)]
+        work = [tensor.to(dtype) for tensor in (query, key, values)]
         logits = _products(work[0] * scale, work[1])
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
@@ -187,6 +189,15 @@ def _check_mask(attn_mask: Tensor | None, query: Tensor, past: int) -> None:
         )
 
 
+def _rates(gamma: float | Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """Return gamma and ``1 - gamma``: numbers for a number, which spares two operations a token, or ``[H, 1, 1]``."""
+    if not isinstance(gamma, Tensor):
+        check_gamma(gamma)
+        return gamma, 1.0 - gamma
+    hop, halting = gamma_and_halting(gamma, query, key, value)
+    return hop.view(-1, 1, 1), halting.view(-1, 1, 1)
+
+
 def _products(query: Tensor, key: Tensor) -> Tensor:
     """Return query times key ``[B, H, C, keys]``, without repeating the keys of grouped heads."""
     batch, heads, rows, width = query.shape
@@ -207,6 +218,8 @@ def _attention(logits: Tensor, attn_mask: Tensor | None, places: Tensor | None) 
     if attn_mask is None:
         # every token sees itself: no row is empty, and the fused softmax will do
         return torch.softmax(_hide_later_(logits), -1), True
+    if rows == 1 and attn_mask.dtype == torch.bool and not torch.is_grad_enabled():
+        return _attention_of_one_token(logits, attn_mask), True
     bias = attn_mask.is_floating_point()
     hidden = hidden_by(attn_mask) if bias else ~attn_mask
     if bias:
@@ -222,6 +235,17 @@ def _attention(logits: Tensor, attn_mask: Tensor | None, places: Tensor | None) 
         return softmax(_hide_later_(logits)), True
     _, among_new = _split(hidden.expand(*hidden.shape[:-1], columns), places, rows)
     return softmax(logits), not bool((~among_new).triu(1).any())
+
+
+def _attention_of_one_token(logits: Tensor, visible: Tensor) -> Tensor:
+    """Return attention from logits ``[B, H, 1, columns]``, as ``masked_fill`` and ``softmax`` give it, but sooner.
+
+    Filling goes element by element, on one core. So it is done in the mask, which has no heads, with a number that is
+    finite: the softmax of a token that sees nothing is then uniform, no nan, and is set to 0 by a product.
+    """
+    lowest = torch.finfo(logits.dtype).min / 2
+    bias = torch.full(visible.shape, lowest, dtype=logits.dtype, device=logits.device).masked_fill_(visible, 0.0)
+    return torch.softmax(logits + bias, -1).mul_(visible.any(-1, keepdim=True))
 
 
 def _split(matrix: Tensor, places: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
@@ -246,8 +270,8 @@ def _solve(
     value: Tensor,
     past_u: Tensor,
     places: Tensor | None,
-    hop: Tensor,
-    halting: Tensor,
+    hop: float | Tensor,
+    halting: float | Tensor,
     *,
     kept: bool,
     triangular: bool,
@@ -267,7 +291,9 @@ def _solve(
     rows = attention.shape[-2]
     to_past, to_new = _split(attention, places, rows)
     read = to_past @ past_u
-    right = halting * value.repeat_interleave(attention.shape[1] // value.shape[1], 1) + hop * read
+    if value.shape[1] != attention.shape[1]:
+        value = value.repeat_interleave(attention.shape[1] // value.shape[1], 1)
+    right = halting * value + hop * read
     off_mass = to_past.sum(-1, keepdim=True)
     if rows == 1:
         # attention of the token to itself is a number, and nothing has to be solved
@@ -288,7 +314,7 @@ def _solve(
     return read + to_new @ u, u
 
 
-def _pivot(off_mass: Tensor, own: Tensor, hop: Tensor, halting: Tensor) -> Tensor:
+def _pivot(off_mass: Tensor, own: Tensor, hop: float | Tensor, halting: float | Tensor) -> Tensor:
     """Return ``1 - gamma a_tt`` as a sum of positive terms, which holds since rows of ``A`` sum to 1.
 
     A token that sees nothing has a pivot of 1, and no walk.

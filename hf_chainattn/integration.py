@@ -1,42 +1,22 @@
-"""The registration of chain attention with transformers, under the name ``"chain"``.
+"""What transformers calls under the name ``"chain"``: the attention function, and the function that makes its mask.
 
-Four things are needed, and ``unregister`` undoes them: the attention function; the mask function, without which
-transformers would drop the padding mask silently; a class attribute ``PreTrainedConfig.chain_attention``, without
-which ``from_pretrained(..., chain_attention={...})`` is refused; and wrappers around five methods of
-``PreTrainedModel``. ``__init__`` begins and ``post_init`` ends every construction, ``set_attn_implementation`` makes
-every change: there a model that cannot run as a chain says so instead of ignoring it. ``save_pretrained`` writes the
-name into the config, ``_initialize_weights`` begins gates that a checkpoint lacks.
+Without the second, transformers would drop the padding mask silently. ``registration.py`` makes both known.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.utils import logging
 
 from hf_chainattn.api import chain_attention
 from hf_chainattn.calls import call_of, show
 from hf_chainattn.config import ChainAttentionConfig
 from hf_chainattn.dense import attention_weights
 from hf_chainattn.errors import UnsupportedModelError
-from hf_chainattn.gates import ChainGate, gate_of, set_gate
+from hf_chainattn.gates import gate_of
 from hf_chainattn.generation import attend_with_cache
-from hf_chainattn.models import (
-    check_model,
-    mark_places,
-    name_in_config,
-    never_dispatches,
-    parts_of,
-    prepare_model,
-    release_model,
-    tag,
-)
-from hf_chainattn.parts import NAME, decoder_key, hand_down, narrow, share, uses_chain
 
 # what models hand on that does not change attention, or that the mask already holds
 _HARMLESS = frozenset(
@@ -53,50 +33,6 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
-
-# the wrappers that stand in PreTrainedModel while registered
-_installed: dict[str, Any] = {}
-
-logger = logging.get_logger(__name__)
-
-
-def register() -> None:
-    """Make ``attn_implementation="chain"`` known to transformers. Importing the package does it; idempotent.
-
-    Raises:
-        RuntimeError: If another library holds the name.
-    """
-    if is_registered():
-        return
-    if NAME in AttentionInterface._global_mapping or NAME in AttentionMaskInterface._global_mapping:
-        raise RuntimeError(
-            f"Another library has registered the attention implementation {NAME!r}: import one of them."
-        )
-    AttentionInterface.register(NAME, chain_attention_forward)
-    AttentionMaskInterface.register(NAME, chain_mask)
-    PreTrainedConfig.chain_attention = None
-    for method, wrapper in _WRAPPERS.items():
-        _installed[method] = wrapper(getattr(PreTrainedModel, method))
-        setattr(PreTrainedModel, method, _installed[method])
-
-
-def unregister() -> None:
-    """Undo ``register``. Models that use chain attention fail at their next forward; disable them first."""
-    if not is_registered():
-        return
-    del AttentionInterface._global_mapping[NAME]
-    del AttentionMaskInterface._global_mapping[NAME]
-    del PreTrainedConfig.chain_attention
-    for method, ours in _installed.items():
-        # where another library has wrapped ours in turn, ours stays, and does nothing while it is not registered
-        if getattr(PreTrainedModel, method) is ours:
-            setattr(PreTrainedModel, method, ours.__wrapped__)
-    _installed.clear()
-
-
-def is_registered() -> bool:
-    """Return whether transformers knows this package's ``attn_implementation="chain"``."""
-    return AttentionInterface._global_mapping.get(NAME) is chain_attention_forward
 
 
 def chain_attention_forward(
@@ -208,117 +144,3 @@ def _with_bias(attention_mask: Tensor | None, position_bias: Tensor | None) -> T
     if attention_mask.dtype == torch.bool:
         return torch.where(attention_mask, position_bias, -torch.inf)
     return position_bias + attention_mask
-
-
-def _wrapping(replacement: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Turn ``replacement(original, model, ...)`` into a maker of wrappers that step aside while not registered."""
-
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def method(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  what the original returns
-            if not is_registered():
-                return original(model, *args, **kwargs)
-            return replacement(original, model, *args, **kwargs)
-
-        return method
-
-    return wrap
-
-
-@_wrapping
-def _init(
-    original: Callable[..., Any], model: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
-) -> None:
-    if isinstance(config, PreTrainedConfig):
-        narrow(config)
-    # before the modules are built: some look the name up in a table of their own, and would end in a bare KeyError
-    asked = isinstance(config, PreTrainedConfig) and uses_chain(config)
-    if asked and not type(model)._can_set_attn_implementation():
-        raise never_dispatches(type(model).__name__)
-    original(model, config, *args, **kwargs)
-
-
-@_wrapping
-def _post_init(original: Callable[..., Any], model: PreTrainedModel) -> None:
-    original(model)
-    _settle(model, [model])
-
-
-@_wrapping
-def _set_attn_implementation(
-    original: Callable[..., Any], model: PreTrainedModel, attn_implementation: str | dict[str, Any], **kwargs: Any
-) -> None:
-    key = decoder_key(model.config) if _asks_whole(attn_implementation) else None
-    if key is not None:
-        # of a model made of several, the text decoder alone
-        hand_down(model.config, key)
-        others = attn_implementation if isinstance(attn_implementation, dict) else {}
-        attn_implementation = {key: NAME} | {name: value for name, value in others.items() if name != ""}
-    if attn_implementation == NAME:
-        # transformers only logs where a model type cannot switch; asked for by name, that is an error
-        check_model(model)
-    elif isinstance(attn_implementation, dict) and NAME in attn_implementation.values():
-        known = {"", *model.config.sub_configs}
-        if unknown := sorted(set(attn_implementation) - known):
-            raise UnsupportedModelError(f"{type(model).__name__} has the parts {sorted(known)}, got {unknown}.")
-    parts, gated = parts_of(model), [module for module in model.modules() if gate_of(module) is not None]
-    before = [part.config._attn_implementation for part in parts]
-    try:
-        original(model, attn_implementation, **kwargs)
-        _settle(model, parts)
-    except Exception:
-        for part, implementation in zip(parts, before, strict=True):
-            part.config._attn_implementation_internal = implementation
-        for module in model.modules():
-            if module not in gated:
-                set_gate(module, None)
-        _settle(model, parts)
-        raise
-
-
-def _asks_whole(attn_implementation: str | dict[str, Any]) -> bool:
-    """Return whether the request is for a model as a whole."""
-    return NAME in (
-        attn_implementation,
-        attn_implementation.get("") if isinstance(attn_implementation, dict) else None,
-    )
-
-
-@_wrapping
-def _save_pretrained(original: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-    # here and not only at a change: a part may have been switched without the whole knowing
-    name_in_config(model.config)
-    original(model, *args, **kwargs)
-
-
-@_wrapping
-def _initialize_weights(original: Callable[..., Any], model: PreTrainedModel, module: nn.Module, *args: Any) -> None:
-    # a base checkpoint has no gates; each model type knows only its own modules, and would leave them as they are
-    if isinstance(module, ChainGate):
-        module.reset_parameters()
-        return
-    original(model, module, *args)
-
-
-_WRAPPERS = {
-    "__init__": _init,
-    "post_init": _post_init,
-    "set_attn_implementation": _set_attn_implementation,
-    "save_pretrained": _save_pretrained,
-    "_initialize_weights": _initialize_weights,
-}
-
-
-def _settle(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
-    """Prepare the parts that use chain attention by now, release the others, and name what is used in the config."""
-    share(model.config, [part.config for part in parts_of(model)])
-    for part in parts:
-        if uses_chain(part.config):
-            prepare_model(part)
-        else:
-            release_model(part)
-    mark_places(model)
-    tag(model)
-    for part in parts:
-        part.config.__dict__.pop("attn_implementation", None)
-    name_in_config(model.config)

@@ -202,12 +202,12 @@ def mark_places(model: PreTrainedModel) -> None:
         set_place(module, place._replace(in_encoder=in_encoder))
         settings = ChainAttentionConfig.from_value(getattr(module.config, "chain_attention", None))
         start = settings.start_of(place.number, _heads_of(module), in_encoder=in_encoder)
-        set_gate(module, None if _is_cross_attention(name) else start)
+        set_gate(module, None if is_cross_attention(name) else start)
         if not in_encoder:
             settings.check_layer(place.number, _heads_of(module), _layers_of(module))
 
 
-def _is_cross_attention(name: str) -> bool:
+def is_cross_attention(name: str) -> bool:
     """Return whether a module's name says that it attends to an encoder: its gate would never be used."""
     # BERT's is called crossattention.self, BART's encoder_attn, T5's EncDecAttention
     last = name.lower().split(".")[-2:]

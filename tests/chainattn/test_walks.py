@@ -1,4 +1,4 @@
-"""From a model and its inputs to mixing matrices: the eager path of the model is the oracle; nothing is left behind."""
+"""From a model and its inputs to mixing matrices: its own eager path is the oracle, and nothing is left behind."""
 
 import copy
 import importlib
