@@ -25,6 +25,7 @@ from hf_chainattn.plots import plot_hops, plot_mixing
 from hf_chainattn.reference import chain_attention_reference
 from hf_chainattn.registration import is_registered, register, unregister
 from hf_chainattn.summary import gamma_by_layer
+from hf_chainattn.walks import ChainWalk, chain_walks
 
 if TYPE_CHECKING:
     from hf_chainattn.schedule import GammaSchedule
@@ -34,6 +35,7 @@ __all__ = [
     "ChainAttentionConfig",
     "ChainAttentionError",
     "ChainGate",
+    "ChainWalk",
     "GammaSchedule",
     "InexactSolveError",
     "InexactSolveWarning",
@@ -42,6 +44,7 @@ __all__ = [
     "chain_attention",
     "chain_attention_reference",
     "chain_decode_step",
+    "chain_walks",
     "disable_chain_attention",
     "enable_chain_attention",
     "gamma_by_layer",

@@ -1,17 +1,20 @@
 """What the attention function must know of the call of its attention module, and is not handed: two hooks find it."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache
 
 from hf_chainattn.cache import ChainLayer, chain_layer
 from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.parts import uses_chain
 
-# where a module keeps which layer it is, and while a call lasts, what is known of it and whether it attended yet
-_PLACE, _CALL, _ATTENDED = "_chain_place", "_chain_call", "_chain_attended"
+# where a module keeps which layer it is, and who looks on; and while a call lasts, what is known of it and whether it
+# attended yet
+_PLACE, _OBSERVER = "_chain_place", "_chain_observer"
+_CALL, _ATTENDED = "_chain_call", "_chain_attended"
 
 # a value for a parameter of one of these names makes the call cross-attention, which is never a chain
 _CROSS_ATTENTION = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
@@ -79,6 +82,28 @@ def place_of(module: nn.Module) -> Place | None:
 def set_place(module: nn.Module, place: Place) -> None:
     """Tell a watched attention module which layer it is."""
     module.__dict__[_PLACE] = place
+
+
+def observe(module: nn.Module, observer: Callable[..., None] | None) -> None:
+    """Let ``observer`` be called at every self-attention of a module, or with ``None`` no longer; see ``show``."""
+    if observer is None:
+        module.__dict__.pop(_OBSERVER, None)
+    else:
+        module.__dict__[_OBSERVER] = observer
+
+
+def show(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, **settings: Any) -> None:
+    """Hand what a module is about to attend with to its observer, if it has one.
+
+    Args:
+        module: The attention module.
+        query: ``[B, H, C, D]``.
+        key: ``[B, H_kv, K, D]``.
+        mask: Boolean or additive, broadcastable to ``[B, H, C, K]``; ``None``: everything is visible.
+        settings: ``gamma``, ``diagonal``, ``scale`` and ``softcap`` as for ``mixing_matrix``.
+    """
+    if (observer := module.__dict__.get(_OBSERVER)) is not None:
+        observer(module, module.__dict__[_PLACE], query, key, mask, **settings)
 
 
 def watch(module: nn.Module, position: int) -> None:

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_chainattn.api import chain_attention
-from hf_chainattn.calls import call_of, note_attention
+from hf_chainattn.calls import call_of, note_attention, show
 from hf_chainattn.config import ChainAttentionConfig
 from hf_chainattn.dense import attention_weights
 from hf_chainattn.errors import UnsupportedModelError
@@ -94,8 +94,11 @@ def chain_attention_forward(
     if others.get("output_attentions"):
         attention = attention_weights(query, key, mask, scale=scaling, softcap=softcap)
     gamma: float | tuple[float, ...] | Tensor = settings.of_layer(call.place.number, in_encoder=call.place.in_encoder)
+    shown = {"diagonal": settings.diagonal, "scale": scaling, "softcap": softcap}
     # ordinary attention knows no U in a cache
     if call.crosses or (gamma == 0.0 and softcap is None and call.layer is None):
+        if not call.crosses:
+            show(module, query, key, mask, gamma=0.0, **shown)
         return _ordinary(module, query, key, value, mask, dropout, scaling, softcap), attention
     if call.place.heads not in (None, query.shape[1]):
         raise divided(type(module).__name__, f"processes, with {query.shape[1]} of {call.place.heads} heads here,")
@@ -110,13 +113,8 @@ def chain_attention_forward(
         gamma = gate()
     elif isinstance(gamma, tuple):
         gamma = torch.tensor(gamma, dtype=torch.float64)
-    options: dict[str, Any] = {
-        "gamma": gamma,
-        "diagonal": settings.diagonal,
-        "scale": scaling,
-        "softcap": softcap,
-        "dropout_p": dropout,
-    }
+    show(module, query, key, mask, gamma=gamma, **shown)
+    options: dict[str, Any] = {"gamma": gamma, "dropout_p": dropout, **shown}
     if call.layer is None:
         output = chain_attention(query, key, value, attn_mask=mask, is_causal=False, **options)
     else:
