@@ -9,9 +9,12 @@ from transformers import Cache
 
 from hf_chainattn.cache import ChainLayer, chain_layer
 from hf_chainattn.errors import UnsupportedModelError
+from hf_chainattn.parts import uses_chain
 
-# where a module keeps which layer it is, what is known of its call while it lasts, and who looks on
-_PLACE, _CALL, _OBSERVER = "_chain_place", "_chain_call", "_chain_observer"
+# where a module keeps which layer it is, and while a call lasts, what is known of it and whether it attended yet
+_PLACE, _CALL, _ATTENDED = "_chain_place", "_chain_call", "_chain_attended"
+# and who looks on
+_OBSERVER = "_chain_observer"
 
 # a value for a parameter of one of these names makes the call cross-attention, which is never a chain
 _CROSS_ATTENTION = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
@@ -36,11 +39,13 @@ class Place(NamedTuple):
         number: Which layer, from 0.
         in_encoder: Whether it is one of an encoder-decoder's encoder.
         parameters: Of its forward, in order.
+        heads: How many query heads it has; ``None`` until its model is complete.
     """
 
     number: int
     in_encoder: bool
     parameters: tuple[str, ...]
+    heads: int | None = None
 
 
 class Call(NamedTuple):
@@ -61,6 +66,11 @@ def call_of(module: nn.Module) -> Call | None:
     """Return the call that an attention module is in; ``None`` if the module belongs to no prepared model."""
     call: Call | None = module.__dict__.get(_CALL)
     return call
+
+
+def note_attention(module: nn.Module) -> None:
+    """Note that a module has called its attention function: one that does not would be ordinary without a sign."""
+    module.__dict__[_ATTENDED] = True
 
 
 def place_of(module: nn.Module) -> Place | None:
@@ -152,7 +162,12 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
     """Forward hook, called after errors too: a module that kept the cache would keep its memory, and not be copied."""
-    call = module.__dict__.pop(_CALL, None)
+    call, attended = module.__dict__.pop(_CALL, None), module.__dict__.pop(_ATTENDED, False)
+    if output is not None and not attended and uses_chain(module.config):
+        raise UnsupportedModelError(
+            f"The forward of {type(module).__name__} did not call its attention function, and gave something else "
+            "than chain attention: undo what has replaced it, or use attn_implementation='sdpa'."
+        )
     if call is None or call.layer is None:
         return
     call.layer.expected = False
