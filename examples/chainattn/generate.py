@@ -5,7 +5,6 @@ with a chain layer, others with ordinary attention. Then it loads them, lets ``g
 puts into its name, all from one cache, counts right answers by depth, and draws where an answer comes from.
 """
 
-import argparse
 import copy
 import json
 import time
@@ -33,15 +32,14 @@ from examples.chainattn.programs import (
     new_tokenizer,
     sample_programs,
 )
-from examples.chainattn.runs import Run, quietly_trained, results
+from examples.chainattn.runs import Run, options, planned, quietly_trained, results
 from examples.chainattn.tables import program_tables
 from examples.end_to_end.facts import machine_facts
 from examples.end_to_end.training import training_arguments
 from hf_chainattn import chain_walks, enable_chain_attention, plot_hops, plot_mixing
 from hf_chainattn.tasks import accuracy_by_depth
 
-# attn_implementation and number of layers
-MODELS = (("chain", 1), ("sdpa", 1), ("sdpa", 2), ("sdpa", 4))
+MODELS = ("chain-1", "sdpa-1", "sdpa-2", "sdpa-4")
 LINES = 20
 BATCH, TEST_PROGRAMS = 32, 512
 SHOWN = "7 > a ; 2 > b ; a > c ; b > d ; c > e ; d > f ; e > g ; g > ?"
@@ -151,23 +149,23 @@ def draw(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str
     return paths
 
 
+def show(saved: Path, folder: Path) -> None:
+    """Load a model with its tokenizer, print its answers to some prompts, and draw where the first comes from."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved).eval(), AutoTokenizer.from_pretrained(saved)
+    prompts = [SHOWN, SHOWN.replace("g > ?", "f > ?"), "4 > x ; x > y ; y > ?"]
+    print()
+    for prompt, answer in zip(prompts, ask(model, tokenizer, prompts), strict=True):
+        print(f"{prompt}  {answer}")
+    print(f"\nPictures: {', '.join(map(str, draw(model, tokenizer, SHOWN, folder)))}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing, print accuracies and answers, and write figures and pictures."""
-    parser = argparse.ArgumentParser(prog="python -m examples.chainattn.generate", description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000, help="of one-layer models, default: %(default)s")
-    parser.add_argument("--deep-steps", type=int, default=2000, help="of deeper models, default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/generate"), help="folder, default: %(default)s")
+    parser = options(module="generate", text=__doc__, models=MODELS, steps=1000, deep_steps=2000)
     arguments = parser.parse_args(argv)
     facts = {**machine_facts(), "threads": 1, "trainings at a time": arguments.jobs}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    runs = [
-        Run(attention, layers, arguments.steps if layers == 1 else arguments.deep_steps, seed)
-        for attention, layers in sorted(MODELS, key=lambda model: -model[1])
-        for seed in range(arguments.seeds)
-    ]
-    rows = []
+    runs, rows = planned(arguments), []
     for run, row in zip(runs, results(result_of, runs, arguments.out, jobs=arguments.jobs), strict=True):
         rows.append(row)
         print(f"{run}: {row['accuracy']['overall']:.3f} after {row['seconds']:.0f} s of one core", flush=True)
@@ -176,13 +174,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{table.title}\n{table.markdown()}")
     (arguments.out / "generate.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
 
-    folder = next(run for run in runs if run.attention == "chain").folder(arguments.out)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    prompts = [SHOWN, SHOWN.replace("g > ?", "f > ?"), "4 > x ; x > y ; y > ?"]
-    print()
-    for prompt, answer in zip(prompts, ask(model, tokenizer, prompts), strict=True):
-        print(f"{prompt}  {answer}")
-    print(f"\nPictures: {', '.join(map(str, draw(model, tokenizer, SHOWN, arguments.out)))}")
+    for run in runs:
+        if run.attention == "chain" and run.seed == 0:
+            show(run.folder(arguments.out), arguments.out)
 
 
 if __name__ == "__main__":

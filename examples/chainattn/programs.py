@@ -94,15 +94,15 @@ def sample_programs(
 
 
 def mixed_programs(count: int, *, lines: int, seed: int) -> Programs:
-    """Return programs to train with, of two to six chains, with digits in any place.
+    """Return programs to train with, of one to six chains, with digits in any place.
 
     With many chains guessing helps little, so that a model begins to look; few are deep. A digit can be anywhere: else
     only the first lines would show a model with learned positions that a name is two tokens after its source.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = [
-        sample_programs(-(-count // 5), lines=lines, chains=chains, fresh=0.2, generator=generator)
-        for chains in range(2, 7)
+        sample_programs(-(-count // 6), lines=lines, chains=chains, fresh=0.2, generator=generator)
+        for chains in range(1, 7)
     ]
     return Programs(*(torch.cat(fields)[:count] for fields in zip(*parts, strict=True)))
 

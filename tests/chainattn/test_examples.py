@@ -16,6 +16,8 @@ from examples.chainattn.runs import Run, results
 from examples.chainattn.tables import chaintrack_tables, program_tables
 from hf_chainattn.tasks import accuracy_by_depth, sample_chain_track
 
+SMALL = ["--models", "chain-1", "sdpa-2", "--seeds", "1", "--jobs", "1"]
+
 
 def interpreted(words):
     """Run a program line by line with a dictionary; return what each line puts into its name, and how deep it lay."""
@@ -66,11 +68,11 @@ def test_answers_and_depths_follow_from_the_text_of_a_program(lines, chains, fre
     assert torch.equal(programs.answers, programs.labels[programs.labels != -100].view(3, lines))
 
 
-def test_programs_to_train_with_are_of_two_to_six_chains():
-    programs = mixed_programs(23, lines=8, seed=0)
-    assert all(len(field) == 23 for field in programs)
+def test_programs_to_train_with_are_of_one_to_six_chains():
+    programs = mixed_programs(47, lines=8, seed=0)
+    assert all(len(field) == 47 for field in programs)
     begins = [next((place for place, depth in enumerate(row.tolist()) if depth), 8) for row in programs.depth]
-    assert {2, 3, 4, 5, 6} <= set(begins)
+    assert {1, 2, 3, 4, 5, 6} <= set(begins)
 
 
 def test_a_program_has_no_more_lines_than_names():
@@ -83,12 +85,11 @@ def test_a_program_has_no_more_lines_than_names():
 def small_tracking(monkeypatch):
     monkeypatch.setattr(train, "TRAINING_SEQUENCES", 64)
     monkeypatch.setattr(train, "TEST_SEQUENCES", 16)
-    monkeypatch.setattr(train, "MODELS", (("chain", 1), ("sdpa", 2)))
 
 
 def test_training_writes_models_that_give_the_accuracies_it_tells(small_tracking, tmp_path, capsys):
     """Oracle: the saved models, loaded here and counted token by token."""
-    train.main(["--steps", "4", "--deep-steps", "3", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path)])
+    train.main([*SMALL, "--steps", "4", "--deep-steps", "3", "--out", str(tmp_path)])
     run = json.loads((tmp_path / "chaintrack.json").read_text("utf8"))
     assert run["facts"]["threads"] == 1
     assert {(row["attention"], row["layers"], row["steps"]) for row in run["rows"]} == {
@@ -188,9 +189,8 @@ def test_the_pictures_are_those_of_the_prompt_and_leave_the_model_alone(tmp_path
 def test_the_example_of_generation_runs(monkeypatch, tmp_path, capsys):
     """Oracle: the saved models and tokenizers, loaded here; what is there already is not trained again."""
     pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
-    monkeypatch.setattr(generate, "MODELS", (("chain", 1), ("sdpa", 2)))
     monkeypatch.setattr(generate, "TEST_PROGRAMS", 16)
-    arguments = ["--steps", "3", "--deep-steps", "2", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path)]
+    arguments = [*SMALL, "--steps", "3", "--deep-steps", "2", "--out", str(tmp_path)]
     generate.main(arguments)
     run = json.loads((tmp_path / "generate.json").read_text("utf8"))
     printed = capsys.readouterr().out
