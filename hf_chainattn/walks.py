@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_chainattn.analysis import hop_distribution, mixing_matrix
 from hf_chainattn.calls import Place, observe
@@ -37,7 +36,7 @@ class ChainWalk:
 
 
 @torch.no_grad()
-def chain_walks(model: PreTrainedModel, inputs: Mapping[str, Any], *, max_moves: int = 16) -> list[ChainWalk]:
+def chain_walks(model: nn.Module, inputs: Mapping[str, Any], *, max_moves: int = 16) -> list[ChainWalk]:
     """Return the walks of every attention module of a model, in the order in which ``model(**inputs)`` calls them.
 
     The model runs once, and each matrix is computed from the very queries, keys, mask, bias, scale and gamma that its
@@ -48,7 +47,7 @@ def chain_walks(model: PreTrainedModel, inputs: Mapping[str, Any], *, max_moves:
     model with another attention implementation, are not.
 
     Args:
-        model: A model with chain attention. It is left as it was.
+        model: A model with chain attention, or a module around one. It is left as it was.
         inputs: What the model is called with, as a tokenizer returns it. Not with a cache that holds something.
         max_moves: The largest number of moves to count, at least 0.
 
@@ -57,7 +56,7 @@ def chain_walks(model: PreTrainedModel, inputs: Mapping[str, Any], *, max_moves:
         float64 model. Memory O(B H T (T + max_moves)) for each of them, time O(B H T^2 (T + max_moves)).
 
     Raises:
-        TypeError: If ``model`` is no transformers model, ``inputs`` no mapping or ``max_moves`` no integer.
+        TypeError: If ``model`` is no module, ``inputs`` no mapping or ``max_moves`` no integer.
         UnsupportedCacheError: If the inputs continue cached tokens: of those there are no queries any more.
         ValueError: If no part of the model uses chain attention, or ``max_moves`` is below 0.
 
@@ -72,8 +71,8 @@ def chain_walks(model: PreTrainedModel, inputs: Mapping[str, Any], *, max_moves:
         transformer.h.0.attn tensor([0., 0.]) [1, 2, 5, 5]
         transformer.h.1.attn tensor([0.9000, 0.9000]) [1, 2, 5, 5]
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module of torch, got {type(model).__name__}.")
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be what the model is called with, by name, got {type(inputs).__name__}.")
     names = {

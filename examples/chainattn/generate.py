@@ -1,11 +1,10 @@
 """``python -m examples.chainattn.generate``: a language model of one chain layer follows copies when it generates.
 
-Trains small GPT-2 models on programs such as ``3 > a ; a > b ; b > ? 3``, unless their folders are there already: one
-with a chain layer, and others with ordinary attention. Then it loads them, lets ``generate()`` answer questions one
-after another from one cache, counts right answers by depth, and draws where the answer to a question comes from.
+Trains small GPT-2 models on programs such as ``3 > a ; a > b ; b > c``, unless their folders are there already: one
+with a chain layer, others with ordinary attention. Then it loads them, lets ``generate()`` say what line after line
+puts into its name, all from one cache, counts right answers by depth, and draws where an answer comes from.
 """
 
-import argparse
 import copy
 import json
 import time
@@ -33,18 +32,17 @@ from examples.chainattn.programs import (
     new_tokenizer,
     sample_programs,
 )
-from examples.chainattn.runs import Run, quietly_trained, results
+from examples.chainattn.runs import Run, options, planned, quietly_trained, results
 from examples.chainattn.tables import program_tables
 from examples.end_to_end.facts import machine_facts
 from examples.end_to_end.training import training_arguments
 from hf_chainattn import chain_walks, enable_chain_attention, plot_hops, plot_mixing
 from hf_chainattn.tasks import accuracy_by_depth
 
-# attn_implementation and number of layers
-MODELS = (("chain", 1), ("sdpa", 1), ("sdpa", 2), ("sdpa", 4))
-STATEMENTS, QUESTIONS = 16, 4
+MODELS = ("chain-1", "sdpa-1", "sdpa-2", "sdpa-4")
+LINES = 20
 BATCH, TEST_PROGRAMS = 32, 512
-SHOWN = "7 > a ; 2 > b ; a > c ; b > d ; c > e ; e > f ; d > g ; f > ?"
+SHOWN = "7 > a ; 2 > b ; a > c ; b > d ; c > e ; d > f ; e > g ; g > ?"
 
 
 def train(run: Run, folder: Path) -> list[float]:
@@ -52,11 +50,11 @@ def train(run: Run, folder: Path) -> list[float]:
     tokenizer = new_tokenizer()
     config = GPT2Config(
         vocab_size=len(tokenizer),
-        n_positions=LINE * (STATEMENTS + 2 * QUESTIONS),
+        n_positions=LINE * LINES,
         n_embd=64,
         n_layer=run.layers,
         n_head=1,
-        # the data never repeat, and a walk that is dropped somewhere teaches nothing
+        # no program comes twice, so that nothing can be learned by heart
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -69,12 +67,12 @@ def train(run: Run, folder: Path) -> list[float]:
         config.chain_attention = {"gamma": 0.9}
     torch.manual_seed(run.seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=run.attention)
-    programs = mixed_programs(run.steps * BATCH, statements=STATEMENTS, questions=QUESTIONS, seed=run.seed + 1)
+    programs = mixed_programs(run.steps * BATCH, lines=LINES, seed=run.seed + 1)
     arguments = training_arguments(
         str(folder),
         steps=run.steps,
         batch=BATCH,
-        learning_rate=3e-3,
+        learning_rate=3e-3 if run.layers == 1 else 1e-3,
         warmup=min(100, run.steps // 10),
         seed=run.seed,
         weight_decay=0.01,
@@ -88,36 +86,27 @@ def train(run: Run, folder: Path) -> list[float]:
     return losses
 
 
-def answers(model: PreTrainedModel, programs: Programs, *, use_cache: bool = True) -> Tensor:
-    """Return what a model generates as answers to the questions at the end of programs, ``[N, questions]``.
+def answers(model: PreTrainedModel, programs: Programs, *, told: int, use_cache: bool = True) -> Tensor:
+    """Return what a model generates where each line after the first ``told`` would end, ``[N, lines - told]``.
 
-    The questions are asked one after another. What was read and generated before stays in one cache, so that each turn
-    reads only its own four tokens; without a cache each turn reads everything again.
+    One cache keeps what was read, so that each turn reads only the tokens of its own line; without a cache it reads
+    everything again. What was generated is not read: the program goes on with ``;`` instead.
     """
-    questions = programs.depth.shape[1]
-    told = programs.ids.shape[1] - LINE * questions
-    text, found = programs.ids[:, :told], []
+    found = []
     cache = {"past_key_values": DynamicCache(config=model.config)} if use_cache else {"use_cache": False}
-    for number in range(questions):
-        begin = told + LINE * number
-        text = torch.cat([text, programs.ids[:, begin : begin + LINE - 1]], 1)
-        text = model.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=1, do_sample=False, **cache)
-        found.append(text[:, -1])
+    for stop in range(LINE * (told + 1) - 1, programs.ids.shape[1], LINE):
+        text = programs.ids[:, :stop]
+        longer = model.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=1, do_sample=False, **cache)
+        found.append(longer[:, -1])
     return torch.stack(found, 1)
 
 
 def accuracy(model: PreTrainedModel, *, seed: int) -> dict[str, float]:
-    """Return the share of right answers overall and by depth, for programs with two chains: guessing gives a half."""
-    programs = sample_programs(
-        TEST_PROGRAMS,
-        statements=STATEMENTS,
-        questions=QUESTIONS,
-        chains=2,
-        at_end=True,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    right = programs.labels.view(TEST_PROGRAMS, -1, LINE)[:, -QUESTIONS:, -1]
-    return accuracy_by_depth(answers(model, programs), right, programs.depth)
+    """Return the share of right answers overall and by depth, for programs of two digits: guessing gives a half."""
+    generator = torch.Generator().manual_seed(seed)
+    programs = sample_programs(TEST_PROGRAMS, lines=LINES, chains=2, fresh=0.0, generator=generator)
+    found = answers(model, programs, told=2)
+    return accuracy_by_depth(found, programs.answers[:, 2:], programs.depth[:, 2:])
 
 
 def result_of(run: Run, parent: Path) -> dict[str, Any]:
@@ -160,23 +149,23 @@ def draw(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str
     return paths
 
 
+def show(saved: Path, folder: Path) -> None:
+    """Load a model with its tokenizer, print its answers to some prompts, and draw where the first comes from."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved).eval(), AutoTokenizer.from_pretrained(saved)
+    prompts = [SHOWN, SHOWN.replace("g > ?", "f > ?"), "4 > x ; x > y ; y > ?"]
+    print()
+    for prompt, answer in zip(prompts, ask(model, tokenizer, prompts), strict=True):
+        print(f"{prompt}  {answer}")
+    print(f"\nPictures: {', '.join(map(str, draw(model, tokenizer, SHOWN, folder)))}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing, print accuracies and answers, and write figures and pictures."""
-    parser = argparse.ArgumentParser(prog="python -m examples.chainattn.generate", description=__doc__)
-    parser.add_argument("--steps", type=int, default=1500, help="of one-layer models, default: %(default)s")
-    parser.add_argument("--deep-steps", type=int, default=3000, help="of deeper models, default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/generate"), help="folder, default: %(default)s")
+    parser = options(module="generate", text=__doc__, models=MODELS, steps=1000, deep_steps=2000)
     arguments = parser.parse_args(argv)
     facts = {**machine_facts(), "threads": 1, "trainings at a time": arguments.jobs}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    runs = [
-        Run(attention, layers, arguments.steps if layers == 1 else arguments.deep_steps, seed)
-        for attention, layers in sorted(MODELS, key=lambda model: -model[1])
-        for seed in range(arguments.seeds)
-    ]
-    rows = []
+    runs, rows = planned(arguments), []
     for run, row in zip(runs, results(result_of, runs, arguments.out, jobs=arguments.jobs), strict=True):
         rows.append(row)
         print(f"{run}: {row['accuracy']['overall']:.3f} after {row['seconds']:.0f} s of one core", flush=True)
@@ -185,13 +174,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{table.title}\n{table.markdown()}")
     (arguments.out / "generate.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
 
-    folder = next(run for run in runs if run.attention == "chain").folder(arguments.out)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    prompts = [SHOWN, SHOWN.replace("f > ?", "g > ?"), "4 > x ; x > y ; y > ?"]
-    print()
-    for prompt, answer in zip(prompts, ask(model, tokenizer, prompts), strict=True):
-        print(f"{prompt} {answer}")
-    print(f"\nPictures: {', '.join(map(str, draw(model, tokenizer, SHOWN, arguments.out)))}")
+    for run in runs:
+        if run.attention == "chain" and run.seed == 0:
+            show(run.folder(arguments.out), arguments.out)
 
 
 if __name__ == "__main__":

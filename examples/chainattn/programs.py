@@ -1,9 +1,9 @@
-"""A small language of copies, ``3 > a ; a > b ; b > ? 3``: who asks for a name follows it back to a digit.
+"""A small language of copies, ``3 > a ; a > b ; b > c``: a model is asked what the last name holds now.
 
-``a > b ;`` puts into b what is in a; ``b > ? 3`` asks for b, and a digit answers. A name is written to once, so what
-it holds is found by going back to where it was written, to what stood before it there, and so on: two hops for each
-copy, one to the same name and one to its source. All go to earlier tokens, so that one layer of chain attention
-can make them. (Written ``b = a``, a name would have to be bound to what comes after it, which takes a layer before.)
+``a > b`` puts into b what is in a. A name is written to once, so what it holds is found by going back to what was put
+into it, from there to where that name was written to, and so on: two hops for each copy. All of them go to earlier
+tokens, so that one layer of chain attention can make them. (Written ``b = a``, a name would have to be bound to what
+comes after it, which takes a layer before.)
 """
 
 import string
@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from hf_chainattn.tasks import ChainTrackConfig, sample_chain_track
-
-PAD, END, TO, ASK = "_", ";", ">", "?"
-DIGITS, NAMES = string.digits, string.ascii_lowercase
-WORDS = {word: number for number, word in enumerate([PAD, END, TO, ASK, *DIGITS, *NAMES])}
-# tokens of a statement, and of a question with its answer
+PAD, END, TO = "_", ";", ">"
+DIGITS = string.digits
+# the question mark is a name as any other, so that a prompt may end in "b > ?"
+NAMES = string.ascii_lowercase + "?"
+WORDS = {word: number for number, word in enumerate([PAD, END, TO, *DIGITS, *NAMES])}
+# tokens of a line
 LINE = 4
 
 
@@ -37,56 +37,74 @@ class Programs(NamedTuple):
     """Programs as tokens.
 
     Args:
-        ids: ``[N, LINE * lines]``, statements and questions with their answers.
-        labels: Likewise, -100 but at the last token of each line: the digit that was put where the line says. So each
-            statement is a question too while training, though ``ids`` shows no answer there. All else is random.
-        depth: ``[N, questions]``, copies from the name that is asked for back to its digit.
+        ids: ``[N, LINE * lines]``.
+        labels: Likewise, -100 but at the last token of each line, which is ``;`` in ``ids``: the digit that the name
+            before it holds now. So every line is a question for training, and no answer is ever read.
+        depth: ``[N, lines]``, copies from the name back to its digit.
     """
 
     ids: Tensor
     labels: Tensor
     depth: Tensor
 
+    @property
+    def answers(self) -> Tensor:
+        """The digit that each line puts into its name, ``[N, lines]``."""
+        return self.labels[:, LINE - 1 :: LINE]
+
 
 def sample_programs(
-    count: int, *, statements: int, questions: int, chains: int, at_end: bool, generator: torch.Generator
+    count: int, *, lines: int, chains: int, fresh: float, branching: float = 0.25, generator: torch.Generator
 ) -> Programs:
-    """Return random programs; their statements are those of ChainTrack.
+    """Return random programs.
 
     Args:
         count: How many, ``N``.
-        statements: In each.
-        questions: In each.
-        chains: Digits that are copied on, side by side. Guessing one of them is right one time in ``chains``.
-        at_end: Whether all questions come after the statements, each for another name. Else they stand anywhere.
+        lines: In each, at most as many as there are names.
+        chains: Lines at the beginning that put different digits into names. Further lines copy, each on one of these
+            chains. Guessing the digit of a chain is right one time in ``chains``, if there are no other digits.
+        fresh: How many of the further lines put a digit into a name instead, from 0 to 1.
+        branching: How many copy any earlier name, and not the newest of a chain.
         generator: Of all randomness.
+
+    Raises:
+        ValueError: If there are more lines than names, or more chains than lines or digits.
     """
-    task = ChainTrackConfig(tokens=statements, chains=chains, names=len(NAMES), values=len(DIGITS))
-    batch = sample_chain_track(task, count, generator=generator)
-    digit, name = WORDS[DIGITS[0]], WORDS[NAMES[0]]
-    source = torch.where(batch.source == task.names, batch.value + digit, batch.source + name)
-    told = _lines(source, batch.name + name, torch.full_like(source, WORDS[END]))
+    if not 1 <= chains <= min(lines, len(DIGITS)) or lines > len(NAMES):
+        raise ValueError(f"Programs need 1 <= chains <= lines <= {len(NAMES)}, got {chains} chains, {lines} lines.")
+    rows = torch.arange(count)
+    name = torch.rand(count, len(NAMES), generator=generator).argsort(1)[:, :lines] + WORDS[NAMES[0]]
+    held = torch.zeros(count, lines, dtype=torch.long)
+    held[:, :chains] = torch.rand(count, len(DIGITS), generator=generator).argsort(1)[:, :chains] + WORDS[DIGITS[0]]
+    source, depth, newest = held.clone(), torch.zeros_like(held), torch.arange(chains).repeat(count, 1)
+    for line in range(chains, lines):
+        chain = torch.randint(chains, (count,), generator=generator)
+        elsewhere = torch.rand(count, generator=generator) < branching
+        copied = torch.where(elsewhere, torch.randint(line, (count,), generator=generator), newest[rows, chain])
+        digit = torch.randint(len(DIGITS), (count,), generator=generator) + WORDS[DIGITS[0]]
+        new = torch.rand(count, generator=generator) < fresh
+        source[:, line] = torch.where(new, digit, name[rows, copied])
+        held[:, line] = torch.where(new, digit, held[rows, copied])
+        depth[:, line] = torch.where(new, 0, depth[rows, copied] + 1)
+        newest[rows, chain] = line
+    to, end = torch.full_like(name, WORDS[TO]), torch.full_like(name, WORDS[END])
+    labels = torch.full((count, lines, LINE), -100)
+    labels[..., -1] = held
+    return Programs(torch.stack([source, to, name, end], -1).flatten(1), labels.flatten(1), depth)
 
-    if at_end:
-        after = torch.full((count, questions), statements - 1)
-        asked = torch.rand(count, statements, generator=generator).argsort(-1)[:, :questions]
-    else:
-        after = torch.randint(statements, (count, questions), generator=generator).sort(-1).values
-        asked = (torch.rand(count, questions, generator=generator) * (after + 1)).long()
-    answer = batch.label.gather(1, asked)
-    asks = _lines(batch.name.gather(1, asked) + name, torch.full_like(asked, WORDS[ASK]), answer + digit)
 
-    # a question follows the statement after which it is asked
-    order = torch.cat([torch.arange(statements).expand(count, -1), after], 1).argsort(dim=1, stable=True)
-    lines = torch.cat([told, asks], 1).gather(1, order[..., None].expand(-1, -1, LINE))
-    labels = torch.full_like(lines, -100)
-    labels[..., -1] = torch.cat([batch.label, answer], 1).gather(1, order) + digit
-    return Programs(lines.flatten(1), labels.flatten(1), batch.depth.gather(1, asked))
+def mixed_programs(count: int, *, lines: int, seed: int) -> Programs:
+    """Return programs to train with, of one to six chains, with digits in any place.
 
-
-def _lines(first: Tensor, third: Tensor, last: Tensor) -> Tensor:
-    """Return ``[N, lines, LINE]``: what goes where, and how the line ends."""
-    return torch.stack([first, torch.full_like(first, WORDS[TO]), third, last], -1)
+    With many chains guessing helps little, so that a model begins to look; few are deep. A digit can be anywhere: else
+    only the first lines would show a model with learned positions that a name is two tokens after its source.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        sample_programs(-(-count // 6), lines=lines, chains=chains, fresh=0.2, generator=generator)
+        for chains in range(1, 7)
+    ]
+    return Programs(*(torch.cat(fields)[:count] for fields in zip(*parts, strict=True)))
 
 
 class ProgramDataset(Dataset[dict[str, Tensor]]):
@@ -100,20 +118,3 @@ class ProgramDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.programs.ids[index], "labels": self.programs.labels[index]}
-
-
-def mixed_programs(count: int, *, statements: int, questions: int, seed: int) -> Programs:
-    """Return programs to train with, of two to six chains: fewer are deeper, and with more guessing helps less."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = [
-        sample_programs(
-            -(-count // 5),
-            statements=statements,
-            questions=questions,
-            chains=chains,
-            at_end=False,
-            generator=generator,
-        )
-        for chains in range(2, 7)
-    ]
-    return Programs(*(torch.cat(fields)[:count] for fields in zip(*parts, strict=True)))

@@ -1,5 +1,6 @@
-"""What the trainings of the examples have in common: what a run is, and several at a time."""
+"""What the trainings of the examples have in common: what a run is, its options, and several at a time."""
 
+import argparse
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +35,38 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.attention}, layers {self.layers}, steps {self.steps}, seed {self.seed}"
+
+
+def options(
+    *, module: str, text: str | None, models: Sequence[str], steps: int, deep_steps: int
+) -> argparse.ArgumentParser:
+    """Return the options of a command that trains models.
+
+    Args:
+        module: Of the command, in this package.
+        text: What it does.
+        models: Kinds of attention and numbers of layers, such as ``"chain-1"``.
+        steps: Of one-layer models, unless told otherwise.
+        deep_steps: Of deeper ones, likewise.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m examples.chainattn.{module}", description=text)
+    shown = "default: %(default)s"
+    parser.add_argument("--models", nargs="+", choices=models, default=models, metavar="MODEL", help=shown)
+    parser.add_argument("--steps", type=int, default=steps, help=f"of one-layer models, {shown}")
+    parser.add_argument("--deep-steps", type=int, default=deep_steps, help=f"of deeper models, {shown}")
+    parser.add_argument("--seeds", type=int, default=3, help=shown)
+    parser.add_argument("--jobs", type=int, default=2, help=f"trainings at a time, {shown}")
+    parser.add_argument("--out", type=Path, default=Path("runs") / module, help=f"folder, {shown}")
+    return parser
+
+
+def planned(arguments: argparse.Namespace) -> list[Run]:
+    """Return the runs that the options ask for, the longest first, so that no core waits for them at the end."""
+    runs = []
+    for attention, layers in (model.split("-") for model in arguments.models):
+        steps = arguments.steps if layers == "1" else arguments.deep_steps
+        runs += [Run(attention, int(layers), steps, seed) for seed in range(arguments.seeds)]
+    return sorted(runs, key=lambda run: -run.layers * run.steps)
 
 
 def quietly_trained(trainer: Trainer) -> list[float]:

@@ -5,7 +5,6 @@ every statement the model says what its name holds, which lies as many hops away
 trained by Trainer, saved, loaded again and only then tested, at the length of training and at a longer one.
 """
 
-import argparse
 import json
 import time
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel, Trainer
 
 import hf_chainattn  # noqa: F401  registers attn_implementation="chain"
-from examples.chainattn.runs import Run, quietly_trained, results
+from examples.chainattn.runs import Run, options, planned, quietly_trained, results
 from examples.chainattn.tables import chaintrack_tables
 from examples.end_to_end.chain import (
     LONGER,
@@ -31,8 +30,7 @@ from examples.end_to_end.facts import machine_facts
 from examples.end_to_end.training import training_arguments
 from hf_chainattn.tasks import accuracy_by_depth, sample_chain_track
 
-# attn_implementation and number of layers
-MODELS = (("chain", 1), ("sdpa", 1), ("sdpa", 2), ("sdpa", 3), ("sdpa", 4))
+MODELS = ("chain-1", "sdpa-1", "sdpa-2", "sdpa-3", "sdpa-4")
 WIDTH = 48
 
 
@@ -131,23 +129,11 @@ def result_of(run: Run, folder: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Train and test all models with some seeds, print tables, and write the figures."""
-    parser = argparse.ArgumentParser(prog="python -m examples.chainattn.train", description=__doc__)
-    parser.add_argument("--steps", type=int, default=2000, help="of one-layer models, default: %(default)s")
-    parser.add_argument("--deep-steps", type=int, default=6000, help="of deeper models, default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/chaintrack"), help="folder, default: %(default)s")
+    parser = options(module="train", text=__doc__, models=MODELS, steps=2000, deep_steps=4000)
     arguments = parser.parse_args(argv)
     facts = {**machine_facts(), "threads": 1, "trainings at a time": arguments.jobs}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    runs = [
-        Run(attention, layers, arguments.steps if layers == 1 else arguments.deep_steps, seed)
-        for seed in range(arguments.seeds)
-        for attention, layers in MODELS
-    ]
-    # the longest first, so that no core waits for them at the end
-    runs.sort(key=lambda run: -run.layers * run.steps)
-    rows = []
+    runs, rows = planned(arguments), []
     for run, row in zip(runs, results(result_of, runs, arguments.out, jobs=arguments.jobs), strict=True):
         rows.append(row)
         print(

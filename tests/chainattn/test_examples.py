@@ -16,76 +16,80 @@ from examples.chainattn.runs import Run, results
 from examples.chainattn.tables import chaintrack_tables, program_tables
 from hf_chainattn.tasks import accuracy_by_depth, sample_chain_track
 
+SMALL = ["--models", "chain-1", "sdpa-2", "--seeds", "1", "--jobs", "1"]
+
 
 def interpreted(words):
-    """Run a program line by line with a dictionary; return what each line puts somewhere, and depths of questions."""
-    held, put, depths = {}, [], []
+    """Run a program line by line with a dictionary; return what each line puts into its name, and how deep it lay."""
+    held = {}
     for begin in range(0, len(words), LINE):
-        source, to, target, last = words[begin : begin + LINE]
-        assert to == ">"
+        source, to, name, end = words[begin : begin + LINE]
+        assert (to, end) == (">", ";")
+        assert name not in held
         digit, depth = (source, -1) if source.isdigit() else held[source]
-        put.append(digit)
-        if target == "?":
-            assert last == digit
-            depths.append(depth)
-        else:
-            assert last == ";"
-            assert target not in held
-            held[target] = digit, depth + 1
-    return put, depths
+        held[name] = digit, depth + 1
+    return zip(*held.values(), strict=True)
 
 
 @settings(max_examples=30)
 @given(
-    statements=st.integers(6, 20),
-    questions=st.integers(1, 6),
+    lines=st.integers(6, 27),
     chains=st.integers(1, 6),
-    at_end=st.booleans(),
+    fresh=st.sampled_from([0.0, 0.3, 1.0]),
+    branching=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 2**31),
 )
-def test_answers_labels_and_depths_follow_from_the_text_of_a_program(statements, questions, chains, at_end, seed):
+def test_answers_and_depths_follow_from_the_text_of_a_program(lines, chains, fresh, branching, seed):
     """Oracle: an interpreter of the text that the tokenizer writes."""
     programs = sample_programs(
         3,
-        statements=statements,
-        questions=questions,
+        lines=lines,
         chains=chains,
-        at_end=at_end,
+        fresh=fresh,
+        branching=branching,
         generator=torch.Generator().manual_seed(seed),
     )
     tokenizer = new_tokenizer()
     for ids, labels, depth in zip(*programs, strict=True):
         text = tokenizer.decode(ids)
         assert torch.equal(tokenizer(text, return_tensors="pt")["input_ids"][0], ids)
-        put, depths = interpreted(text.split())
-        assert tokenizer.decode(labels[LINE - 1 :: LINE]).split() == put
+        digits, depths = interpreted(text.split())
+        assert tuple(tokenizer.decode(labels[LINE - 1 :: LINE]).split()) == digits
         assert bool((labels.view(-1, LINE)[:, :-1] == -100).all())
-        assert depth.tolist() == depths
-        lines = text.split()[2::LINE]
-        assert lines.count("?") == questions
-        if at_end:
-            assert lines[-questions:] == ["?"] * questions
-            assert len(set(text.split()[0::LINE][-questions:])) == questions
+        assert tuple(depth.tolist()) == depths
+        sources = text.split()[0::LINE]
+        assert len({source for source in sources[:chains] if source.isdigit()}) == chains
+        if fresh in (0.0, 1.0):
+            assert all(source.isdigit() == (fresh == 1.0) for source in sources[chains:])
+        if fresh == branching == 0.0:
+            # each name is copied once at most where only the newest of a chain is
+            copied = sources[chains:]
+            assert len(set(copied)) == len(copied)
+    assert torch.equal(programs.answers, programs.labels[programs.labels != -100].view(3, lines))
 
 
-def test_programs_to_train_with_have_two_to_six_chains():
-    programs = mixed_programs(23, statements=8, questions=2, seed=0)
-    assert all(len(field) == 23 for field in programs)
-    tokenizer = new_tokenizer()
-    digits = {sum(word.isdigit() for word in tokenizer.decode(row).split()[0::LINE]) for row in programs.ids}
-    assert digits == {2, 3, 4, 5, 6}
+def test_programs_to_train_with_are_of_one_to_six_chains():
+    programs = mixed_programs(47, lines=8, seed=0)
+    assert all(len(field) == 47 for field in programs)
+    begins = [next((place for place, depth in enumerate(row.tolist()) if depth), 8) for row in programs.depth]
+    assert {1, 2, 3, 4, 5, 6} <= set(begins)
+
+
+def test_a_program_has_no_more_lines_than_names():
+    for sizes in ({"lines": 28, "chains": 2}, {"lines": 5, "chains": 6}, {"lines": 12, "chains": 11}):
+        with pytest.raises(ValueError, match="1 <= chains <= lines <= 27"):
+            sample_programs(1, fresh=0.0, generator=torch.Generator(), **sizes)
 
 
 @pytest.fixture
 def small_tracking(monkeypatch):
     monkeypatch.setattr(train, "TRAINING_SEQUENCES", 64)
     monkeypatch.setattr(train, "TEST_SEQUENCES", 16)
-    monkeypatch.setattr(train, "MODELS", (("chain", 1), ("sdpa", 2)))
 
 
 def test_training_writes_models_that_give_the_accuracies_it_tells(small_tracking, tmp_path, capsys):
     """Oracle: the saved models, loaded here and counted token by token."""
-    train.main(["--steps", "4", "--deep-steps", "3", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path)])
+    train.main([*SMALL, "--steps", "4", "--deep-steps", "3", "--out", str(tmp_path)])
     run = json.loads((tmp_path / "chaintrack.json").read_text("utf8"))
     assert run["facts"]["threads"] == 1
     assert {(row["attention"], row["layers"], row["steps"]) for row in run["rows"]} == {
@@ -113,6 +117,7 @@ def what_a_process_sees(run, folder):
     return {"seed": run.seed, "folder": str(folder), "threads": torch.get_num_threads(), "process": os.getpid()}
 
 
+@pytest.mark.slow
 def test_several_at_a_time_come_back_in_order(tmp_path):
     """Oracle: what each process says of itself."""
     rows = list(results(what_a_process_sees, [Run("chain", 1, 1, seed) for seed in (2, 1)], tmp_path, jobs=2))
@@ -135,28 +140,25 @@ def lively_model():
     return model
 
 
+def programs_of(count, lines, seed=0):
+    return sample_programs(count, lines=lines, chains=2, fresh=0.0, generator=torch.Generator().manual_seed(seed))
+
+
 def test_answers_from_one_cache_are_those_of_reading_everything_again():
-    """Oracle: an argmax loop over whole texts, and generation without a cache."""
-    model = lively_model()
-    programs = sample_programs(
-        8, statements=7, questions=3, chains=2, at_end=True, generator=torch.Generator().manual_seed(0)
-    )
-    found = generate.answers(model, programs)
-    assert torch.equal(found, generate.answers(model, programs, use_cache=False))
+    """Oracle: generation without a cache, and one pass over the whole text, of which each answer is an argmax."""
+    model, programs = lively_model(), programs_of(8, 10)
+    found = generate.answers(model, programs, told=3)
+    assert torch.equal(found, generate.answers(model, programs, told=3, use_cache=False))
+    with torch.no_grad():
+        at_once = model(programs.ids, use_cache=False).logits.argmax(-1)
+    assert torch.equal(found, at_once[:, LINE - 2 :: LINE][:, 3:])
     assert len(found.unique()) > 4
-    text = programs.ids[:, : LINE * 7]
-    for number in range(3):
-        begin = LINE * (7 + number)
-        text = torch.cat([text, programs.ids[:, begin : begin + LINE - 1]], 1)
-        with torch.no_grad():
-            text = torch.cat([text, model(text, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-        assert torch.equal(text[:, -1], found[:, number])
 
 
 def test_a_batch_of_prompts_gets_the_answers_that_each_gets_alone():
     """Oracle: one prompt at a time, without padding."""
     model, tokenizer = lively_model(), new_tokenizer()
-    prompts = ["3 > a ; a > ?", generate.SHOWN, "7 > x ; 1 > y ; y > z ; x > ?"]
+    prompts = ["3 > a ; a > ?", generate.SHOWN, "7 > x ; 1 > y ; y > z ; x > w"]
     together = generate.ask(model, tokenizer, prompts)
     assert together == [generate.ask(model, tokenizer, [prompt])[0] for prompt in prompts]
     assert len(set(together)) > 1
@@ -187,9 +189,8 @@ def test_the_pictures_are_those_of_the_prompt_and_leave_the_model_alone(tmp_path
 def test_the_example_of_generation_runs(monkeypatch, tmp_path, capsys):
     """Oracle: the saved models and tokenizers, loaded here; what is there already is not trained again."""
     pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
-    monkeypatch.setattr(generate, "MODELS", (("chain", 1), ("sdpa", 2)))
     monkeypatch.setattr(generate, "TEST_PROGRAMS", 16)
-    arguments = ["--steps", "3", "--deep-steps", "2", "--jobs", "1", "--out", str(tmp_path)]
+    arguments = [*SMALL, "--steps", "3", "--deep-steps", "2", "--out", str(tmp_path)]
     generate.main(arguments)
     run = json.loads((tmp_path / "generate.json").read_text("utf8"))
     printed = capsys.readouterr().out
@@ -199,18 +200,12 @@ def test_the_example_of_generation_runs(monkeypatch, tmp_path, capsys):
     for row, name in zip(run["rows"], ("sdpa-2-2-0", "chain-1-3-0"), strict=True):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
         assert model.config._attn_implementation == row["attention"]
-        assert AutoTokenizer.from_pretrained(tmp_path / name).decode([4]) == "0"
-        programs = sample_programs(
-            16,
-            statements=generate.STATEMENTS,
-            questions=generate.QUESTIONS,
-            chains=2,
-            at_end=True,
-            generator=torch.Generator().manual_seed(100),
-        )
-        right = programs.ids.view(16, -1, LINE)[:, -generate.QUESTIONS :, -1]
-        found = generate.answers(model, programs, use_cache=False)
-        assert row["accuracy"] == accuracy_by_depth(found, right, programs.depth)
+        assert AutoTokenizer.from_pretrained(tmp_path / name).decode([3]) == "0"
+        programs = programs_of(16, generate.LINES, seed=100)
+        with torch.no_grad():
+            at_once = model(programs.ids, use_cache=False).logits.argmax(-1)[:, LINE - 2 :: LINE]
+        by_depth = accuracy_by_depth(at_once[:, 2:], programs.answers[:, 2:], programs.depth[:, 2:])
+        assert row["accuracy"] == pytest.approx(by_depth)
     monkeypatch.setattr(generate, "train", lambda *given: pytest.fail("trained again"))
     generate.main(arguments)
     assert json.loads((tmp_path / "generate.json").read_text("utf8"))["rows"] == run["rows"]

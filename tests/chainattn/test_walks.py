@@ -194,10 +194,13 @@ def test_a_compiled_model_is_looked_at_without_the_compiler():
     """Oracle: the model before it was compiled."""
     model, batch = enable_chain_attention(sharpened("llama")), tiny_batch("llama")
     expected = chain_walks(model, batch)
+    around = torch.compile(model, backend="eager")
     model.compile(backend="eager")
-    model(**batch)
-    for walk, plain in zip(chain_walks(model, batch), expected, strict=True):
-        assert torch.equal(walk.mixing, plain.mixing)
+    for compiled in (model, around):
+        compiled(**batch)
+        for walk, plain in zip(chain_walks(compiled, batch), expected, strict=True):
+            assert torch.equal(walk.mixing, plain.mixing)
+            assert walk.module.removeprefix("_orig_mod.") == plain.module
     torch.compiler.reset()
 
 
@@ -211,7 +214,8 @@ def test_of_a_model_made_of_several_only_what_chains_is_shown():
 @pytest.mark.parametrize(
     ("model", "inputs", "error", "message"),
     [
-        (lambda: torch.nn.Linear(2, 2), {}, TypeError, "must be a transformers PreTrainedModel, got Linear"),
+        (lambda: "gpt2", {}, TypeError, "must be a module of torch, got str"),
+        (lambda: torch.nn.Linear(2, 2), {}, ValueError, "needs a model with attn_implementation='chain'"),
         (lambda: decoder("gpt2", "chain"), torch.arange(3), TypeError, "called with, by name, got Tensor"),
         (lambda: decoder("gpt2", "ordinary"), {}, ValueError, "needs a model with attn_implementation='chain'"),
         (
