@@ -10,6 +10,7 @@ from hf_certify.errors import (
     CertifyError,
     InputImageError,
     InvalidLogitsError,
+    JournalError,
     ReportFolderError,
     UnsupportedModelError,
     UnsupportedProcessorError,
@@ -17,17 +18,21 @@ from hf_certify.errors import (
 )
 from hf_certify.report import CertificationReport
 from hf_certify.smoothing import Prediction, SmoothedClassifier
+from hf_certify.spaces import EncodedInput, Space
 
 __all__ = [
     "Certificate",
     "CertificationReport",
     "CertifyConfig",
     "CertifyError",
+    "EncodedInput",
     "InputImageError",
     "InvalidLogitsError",
+    "JournalError",
     "Prediction",
     "ReportFolderError",
     "SmoothedClassifier",
+    "Space",
     "UnsupportedModelError",
     "UnsupportedProcessorError",
     "VerificationError",

@@ -18,6 +18,7 @@ _RELATIVE_TOLERANCE = 1e-9
 # the type of each stored value, exactly: a bool is no int, and 1000.0 is no number of draws
 _STORED: dict[str, tuple[type, ...]] = {
     "index": (int,),
+    "output": (int, type(None)),
     "source": (str, type(None)),
     "label": (int, type(None)),
     "radius": (float,),
@@ -43,6 +44,7 @@ class Certificate:
 
     Attributes:
         index: Which input of the run, ``>= 0``; part of the key of its noise.
+        output: Which of several answers to the input, such as a label among others, or ``None`` if there is one.
         source: Where the input came from, such as a path, or ``None``.
         label: The certified class in ``[0, K)``, or ``None`` for an abstention.
         radius: l2, ``>= 0``, in the units in which the noise was added; 0 for an abstention.
@@ -59,6 +61,7 @@ class Certificate:
     """
 
     index: int
+    output: int | None
     source: str | None
     label: int | None
     radius: float
@@ -84,6 +87,7 @@ class Certificate:
         interval: IntervalName = "max_upper",
         margin: MarginOption = "auto",
         index: int = 0,
+        output: int | None = None,
         source: str | None = None,
     ) -> Self:
         """Return the certificate that two independent samples of votes give.
@@ -96,6 +100,7 @@ class Certificate:
             interval: Rule, see ``CertifyConfig``; must have been chosen before the counts were seen.
             margin: ``auto``, ``mono`` or ``multi``; likewise.
             index: Which input of the run.
+            output: Which of several answers to it.
             source: Where the input came from.
 
         Raises:
@@ -114,6 +119,7 @@ class Certificate:
         radius = mono_radius(sigma, lower) if resolved == "mono" else multi_radius(sigma, lower, upper)
         return cls(
             index=index,
+            output=output,
             source=source,
             label=int(rank_classes(first)[0]) if radius > 0 else None,
             radius=radius,
@@ -148,6 +154,7 @@ class Certificate:
             interval=interval,
             margin=margin,
             index=self.index,
+            output=self.output,
             source=self.source,
         )
 

@@ -13,8 +13,9 @@ from hf_certify.bounds import require_certifiable
 from hf_certify.certificate import Certificate
 from hf_certify.config import BatchSize, CertifyConfig, IntervalName, MarginOption, check_index
 from hf_certify.errors import InvalidLogitsError, UnsupportedModelError
-from hf_certify.noise import Stage, draw_noise, fresh_seed, require_resolution
+from hf_certify.noise import Stage, fresh_seed, require_resolution
 from hf_certify.partition import rank_classes
+from hf_certify.perturbation import GaussianNoise
 from hf_certify.sampling import count_votes, default_batch_size, require_eval_mode
 
 Progress = Callable[[int], object]
@@ -135,7 +136,7 @@ class SmoothedClassifier:
             UnsupportedModelError: If a module is in training mode, or the output is not `[B, K]`.
             InvalidLogitsError: If a logit is NaN or infinite.
         """
-        _check_input(x, self.sigma)
+        check_input(x, self.sigma)
         config = CertifyConfig(sigma=self.sigma, n0=n0, n=n, alpha=alpha, interval=interval, margin=margin)
         require_certifiable(alpha, n, interval=interval, margin=config.resolved_margin, num_classes=self.num_classes)
         number = self._take_index(index)
@@ -171,7 +172,7 @@ class SmoothedClassifier:
             UnsupportedModelError: If a module is in training mode, or the output is not `[B, K]`.
             InvalidLogitsError: If a logit is NaN or infinite.
         """
-        _check_input(x, self.sigma)
+        check_input(x, self.sigma)
         CertifyConfig(sigma=self.sigma, n=n, alpha=alpha)
         rows = default_batch_size(self.model, x.numel(), n) if self.batch_size == "auto" else self.batch_size
         counts = self._count(x, n, self._take_index(index), Stage.PREDICTION, rows, None)
@@ -196,16 +197,15 @@ class SmoothedClassifier:
         self, x: Tensor, n: int, index: int, stage: Stage, rows: int, on_draws: Progress | None
     ) -> NDArray[np.int64]:
         """Return the votes `[K]` of one sample."""
-        noise = draw_noise(tuple(x.shape), n, seed=self.seed, index=index, stage=stage)
+        noise = GaussianNoise(x, self.sigma)
         try:
             return count_votes(
                 self.model,
-                x,
                 noise,
-                sigma=self.sigma,
+                noise.draw(n, seed=self.seed, index=index, stage=stage),
                 num_classes=self.num_classes,
                 batch_size=rows,
-                on_draws=on_draws,
+                on_batch=None if on_draws is None else lambda draws, _: on_draws(draws),
             )
         except InvalidLogitsError as error:
             raise InvalidLogitsError(f"Input {index}: {error}") from error
@@ -220,7 +220,7 @@ def _two_sided_p_value(leader: int, second: int) -> float:
     return min(1.0, 2 * tail * (1 + 1e-12))
 
 
-def _check_input(x: Tensor, sigma: float) -> None:
+def check_input(x: Tensor, sigma: float) -> None:
     """Raise unless ``x`` is a finite float32 tensor with at least one element to which the noise can be added."""
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__

@@ -93,7 +93,7 @@ def test_an_occupied_output_folder_is_refused_before_the_model_is_loaded(image_f
 def test_a_folder_without_images_and_a_folder_without_report_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "must hold files with one of" in run(tmp_path / "never-loaded", tmp_path / "empty", tmp_path / "out").stderr
-    assert "must hold a readable certification.json" in invoke("report", tmp_path / "empty").stderr
+    assert "must hold a readable report.json" in invoke("report", tmp_path / "empty").stderr
 
 
 def test_a_folder_that_is_not_a_model_is_refused(image_folder, tmp_path):
