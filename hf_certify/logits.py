@@ -1,6 +1,5 @@
 """A model as a function of one tensor that returns logits, whatever it calls its input and returns besides."""
 
-import torch
 from torch import Tensor, nn
 
 
@@ -14,6 +13,7 @@ class LogitsModel(nn.Module):
         model: Returns logits, or an object with ``logits``.
 
     Example:
+        >>> import torch
         >>> LogitsModel(nn.Linear(2, 3).eval())(torch.zeros(4, 2)).shape
         torch.Size([4, 3])
     """

@@ -63,7 +63,7 @@ def test_a_module_that_returns_an_object_with_logits_is_accepted():
 
 
 def test_without_a_config_the_number_of_classes_must_be_given():
-    with pytest.raises(TypeError, match="num_classes must be an int >= 2, got None .* whose config has num_labels"):
+    with pytest.raises(TypeError, match=r"num_classes must be an int >= 2, got None .* whose config has num_labels"):
         SmoothedClassifier(half_space(), sigma=0.5)
 
 
