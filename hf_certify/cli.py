@@ -4,26 +4,22 @@ import contextlib
 import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, cast
 
 import typer
 from typer.models import OptionInfo
 
 from hf_certify.certify import certify_pipeline
 from hf_certify.config import CertifyConfig, IntervalName, MarginOption
-from hf_certify.errors import CertifyError, UnsupportedModelError
+from hf_certify.errors import CertifyError
+from hf_certify.loading import load_pipeline
 from hf_certify.noise import require_resolution
 from hf_certify.provenance import DISTRIBUTION
 from hf_certify.radius import format_down
 from hf_certify.report import CertificationReport
 from hf_certify.storage import REPORT_FILE, prepare_folder
 
-if TYPE_CHECKING:
-    from transformers import ImageClassificationPipeline
-
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
-_NO_CLASSIFIER = "MODEL must be an image classifier saved with its processor (Trainer(processing_class=processor))"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -90,7 +86,7 @@ def run(
         paths = _image_files(images)
         # before the work, so that a report without a place to go costs nothing
         with _folder_for(output, overwrite):
-            pipe = _load_pipeline(model, quiet=quiet)
+            pipe = load_pipeline(model, quiet=quiet)
             report = certify_pipeline(pipe, paths, **settings.to_dict(), progress=not quiet)
             # a stray file that came in meanwhile must not cost the run; a report must
             report.save(output, overwrite=overwrite or not (output / REPORT_FILE).exists())
@@ -163,35 +159,6 @@ def _image_files(paths: list[Path]) -> list[Path]:
             )
         files.extend(found)
     return files
-
-
-def _load_pipeline(model: str, *, quiet: bool) -> "ImageClassificationPipeline":
-    """Return the image-classification pipeline of a folder or hub id, its processor on the ``pil`` backend.
-
-    Raises:
-        UnsupportedModelError: If there is no image classifier with its image processor, or weights are missing.
-    """
-    # here, so that --help and the report command do not wait for it
-    from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    if quiet:
-        logging.disable_progress_bar()
-    try:
-        processor = AutoImageProcessor.from_pretrained(model, backend="pil")
-        classifier, loading = AutoModelForImageClassification.from_pretrained(model, output_loading_info=True)
-        pipe = pipeline("image-classification", model=classifier, image_processor=processor)
-    # a damaged file may raise anything
-    except Exception as error:
-        raise UnsupportedModelError(f"{_NO_CLASSIFIER}, got {model!r}: {error}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    # transformers would go on with random weights in their place
-    if missing := sorted(loading["missing_keys"]):
-        raise UnsupportedModelError(f"{_NO_CLASSIFIER}, got {model!r} without the weights {missing!r}.")
-    return pipe
 
 
 def _table(loaded: CertificationReport) -> list[str]:
