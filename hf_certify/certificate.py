@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_certify.bounds import probability_bounds
 from hf_certify.config import CertifyConfig, IntervalName, MarginName, MarginOption
@@ -112,7 +113,7 @@ class Certificate:
             (0, True)
         """
         resolved = CertifyConfig(sigma=sigma, alpha=alpha, interval=interval, margin=margin).resolved_margin
-        first, second = _as_votes(selection), _as_votes(estimation)
+        first, second = as_votes(selection), as_votes(estimation)
         if len(first) != len(second):
             raise ValueError(f"Both samples must count the same classes, got {len(first)} and {len(second)} of them.")
         lower, upper = probability_bounds(first, second, alpha=alpha, interval=interval, margin=resolved)
@@ -204,7 +205,7 @@ class Certificate:
         return cls(**{**values, **votes})
 
 
-def _as_votes(counts: Sequence[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def as_votes(counts: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     """Return votes `[K]` as int64, after checking that they are votes."""
     votes = np.asarray(counts)
     if votes.ndim != 1 or len(votes) < 2 or votes.dtype.kind not in "iu" or votes.min() < 0 or votes.sum() < 1:

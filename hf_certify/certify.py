@@ -99,7 +99,7 @@ def certify_pipeline(
     require_resolution(sigma, 0.0)
     space, processes = space_of(pipe), Processes.current()
     require_certifiable(alpha, n, interval=interval, margin=config.resolved_margin, num_classes=space.num_classes)
-    items = _as_sequence(inputs, space.array_ndim)
+    items = as_sequence(inputs, space.array_ndim)
     # one pass over all inputs before the first draw: a bad one must not cost the work on the others
     shapes, digests, largest = set(), [], 0
     for position in range(len(items)):
@@ -175,7 +175,7 @@ def _require_storable(empty: CertificationReport, num_classes: int) -> None:
         raise UnsupportedModelError(f"{error} Set model.config.id2label to {{0: ..., 1: ..., ...}}.") from error
 
 
-def _as_sequence(inputs: Iterable[Any], array_ndim: int) -> Sequence[Any]:
+def as_sequence(inputs: Iterable[Any], array_ndim: int) -> Sequence[Any]:
     """Return ``inputs`` with a length and an index, after checking that it is a collection of inputs."""
     if isinstance(inputs, str | bytes | os.PathLike | Mapping) or not isinstance(inputs, Iterable):
         raise TypeError(

@@ -8,6 +8,7 @@ can only be the end of a file, and is dropped. Everything else that does not fit
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from hf_certify.storage import encode_report, replace_file
 JOURNAL_SCHEMA = 1
 
 HEADER_FILE = "header.json"
+# also what a crash leaves of a header that was being replaced
+_OWN_FILES = re.compile(r"votes-\d+\.(txt|lock)|header\.json|\.header\.json\.\d+")
 _DIGEST = 64
 _KEYS = {"counts", "draws", "first", "input", "stage"}
 
@@ -152,6 +155,33 @@ def read_header(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("journal_schema") != JOURNAL_SCHEMA:
         raise JournalError(f"{str(path)!r} must have journal_schema {JOURNAL_SCHEMA}: use the version that wrote it.")
     return values
+
+
+def remove_journal(folder: str | os.PathLike[str]) -> None:
+    """Delete a journal, if there is one.
+
+    Raises:
+        JournalError: If a run is writing to it, or the folder holds something else.
+    """
+    path = Path(folder)
+    files = list(path.iterdir()) if path.is_dir() else []
+    if strange := sorted(file.name for file in files if not _OWN_FILES.fullmatch(file.name)):
+        raise JournalError(f"Only a journal may be deleted, got {strange[0]!r} in {str(path)!r}: move it elsewhere.")
+    locks = []
+    try:
+        for file in files:
+            if file.suffix == ".lock":
+                locks.append(FileLock(file))
+                locks[-1].acquire(timeout=0)
+        for file in files:
+            file.unlink(missing_ok=True)
+        if path.is_dir():
+            path.rmdir()
+    except Timeout:
+        raise JournalError(f"A journal must not be deleted while a run is writing to it, got {str(path)!r}.") from None
+    finally:
+        for lock in locks:
+            lock.release()
 
 
 def _line(entry: dict[str, Any]) -> bytes:

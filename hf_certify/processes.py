@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import torch
+from torch import distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,34 +23,35 @@ class Processes:
     @classmethod
     def current(cls) -> "Processes":
         """Return where this process stands; joins the others if a launcher has started several."""
-        started = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not started and int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        if not distributed.is_available():
             return cls(0, 1)
-        # here: a single process has no use for it
-        from accelerate import PartialState
+        if not distributed.is_initialized():
+            if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+                return cls(0, 1)
+            # here: a single process has no use for it
+            from accelerate import PartialState
 
-        state = PartialState()
-        return cls(state.process_index, state.num_processes)
+            # without an accelerator it joins nobody unless it is told that processors are meant
+            PartialState(cpu=not torch.accelerator.is_available())
+        return cls(distributed.get_rank(), distributed.get_world_size())
 
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.count > 1:
-            from accelerate import PartialState
-
-            PartialState().wait_for_everyone()
+            distributed.barrier()
 
     def gather(self, found: dict[int, Any]) -> dict[int, Any]:
         """Return what all processes have found together."""
         if self.count == 1:
             return found
-        from accelerate.utils import gather_object
-
-        return dict(item for part in gather_object([found]) for item in part.items())
+        parts: list[dict[int, Any] | None] = [None] * self.count
+        distributed.all_gather_object(parts, found)
+        return {key: value for part in parts if part is not None for key, value in part.items()}
 
     def from_first(self, value: Any) -> Any:  # noqa: ANN401  of any kind
         """Return the value that process 0 has."""
         if self.count == 1:
             return value
-        from accelerate.utils import broadcast_object_list
-
-        return broadcast_object_list([value])[0]
+        values = [value]
+        distributed.broadcast_object_list(values)
+        return values[0]

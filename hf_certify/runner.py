@@ -65,24 +65,50 @@ def count_all(
         counted = {}
         for index in range(processes.rank, total, processes.count):
             counted[index] = tuple(
-                _count(space, encode, config, index, stage, draws, known.get((index, stage)), book, on_draws)
+                count_sample(
+                    space,
+                    encode,
+                    config,
+                    index,
+                    stage,
+                    draws,
+                    known=known.get((index, stage)),
+                    journal=book,
+                    on_draws=on_draws,
+                )
                 for stage, draws in ((Stage.SELECTION, config.n0), (Stage.ESTIMATION, config.n))
             )
     return processes.gather(counted)
 
 
-def _count(
+def count_sample(
     space: Space,
     encode: Callable[[int], EncodedInput],
     config: CertifyConfig,
     index: int,
     stage: Stage,
     draws: int,
-    known: Sample | None,
-    journal: Journal | None,
-    on_draws: Callable[[int], object],
+    *,
+    known: Sample | None = None,
+    journal: Journal | None = None,
+    on_draws: Callable[[int], object] = lambda _: None,
 ) -> Votes:
-    """Return the votes of one sample; those that are known are not counted again."""
+    """Return the votes `[*outputs, K]` of one sample of one input.
+
+    Args:
+        space: What is certified.
+        encode: Gives an input by its number; not called if nothing is left to count.
+        config: Settings, with the seed and the batch size that are used.
+        index: Which input.
+        stage: Which sample of it.
+        draws: How many.
+        known: Votes of the first draws, which are not counted again.
+        journal: Where to record what is counted.
+        on_draws: Called with numbers of draws that are done, also with those that are known.
+
+    Raises:
+        InvalidLogitsError: If a logit is NaN or infinite.
+    """
     done = Sample(0, np.zeros((*space.outputs, space.num_classes), dtype=np.int64)) if known is None else known
     on_draws(done.draws)
     if done.draws >= draws:

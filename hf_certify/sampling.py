@@ -107,7 +107,7 @@ def count_votes(
 
     def forward() -> None:
         batch[filled:] = base
-        logits = _checked_logits(model(batch), (batch_size, *outputs, num_classes))[:filled]
+        logits = checked_logits(model(batch), (batch_size, *outputs, num_classes))[:filled]
         votes = logits.argmax(dim=-1).reshape(filled, len(counts)) + offsets
         counts.view(-1).add_(torch.bincount(votes.reshape(-1), minlength=counts.numel()))
         if on_batch is not None:
@@ -129,7 +129,7 @@ def count_votes(
     return counts.view(*outputs, num_classes).cpu().numpy()
 
 
-def _checked_logits(logits: object, shape: tuple[int, ...]) -> Tensor:
+def checked_logits(logits: object, shape: tuple[int, ...]) -> Tensor:
     """Return logits, after checking that they are finite and have this shape."""
     if not isinstance(logits, Tensor) or logits.shape != shape:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

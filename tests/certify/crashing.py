@@ -2,11 +2,13 @@
 
 import os
 import signal
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
-from hf_certify import EncodedInput, Space, certify_pipeline
+from hf_certify import CertificationReport, EncodedInput, Space, attack, certify_pipeline
+from hf_certify.storage import encode_report
 
 INPUTS = 6
 DRAWS = 20_000
@@ -27,13 +29,33 @@ class Vectors(Space):
         return EncodedInput(torch.randn(8, generator=torch.Generator().manual_seed(item)), self.model)
 
 
-def run(folder: str, begun: object = None, crash_at: int | None = None) -> None:
+def run_as(rank: int, count: int, store: str, folder: str, journal: bool = True) -> None:
+    """Run as one of several processes that meet at the file ``store``."""
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    run(folder, journal=journal)
+    distributed.destroy_process_group()
+
+
+def attack_as(rank: int, count: int, store: str, folder: str) -> None:
+    """Attack the report in ``folder`` as one of several processes, and write what each has found."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    report = CertificationReport.load(os.path.join(folder, "report"))
+    found = attack(
+        Vectors(), range(INPUTS), report, radii=[0.5, 2.0], steps=3, samples=4, n=500, seed=3, progress=False
+    )
+    Path(folder, f"attack-{count}-{rank}.json").write_bytes(encode_report(found.to_dict()))
+    distributed.destroy_process_group()
+
+
+def run(folder: str, begun: object = None, crash_at: int | None = None, journal: bool = True) -> None:
     """Certify with a journal in ``folder`` and save the report beside it.
 
     Args:
         folder: For journal and report.
         begun: An event to set before the first draw.
         crash_at: Which call of ``fsync`` is replaced by an end without warning.
+        journal: Whether there is one.
     """
     torch.set_num_threads(1)
     fsync, calls = os.fsync, [0]
@@ -56,7 +78,7 @@ def run(folder: str, begun: object = None, crash_at: int | None = None) -> None:
             batch_size=100,
             seed=7,
             progress=False,
-            resume=os.path.join(folder, "journal"),
+            resume=os.path.join(folder, "journal") if journal else None,
         )
         report.save(os.path.join(folder, "report"), overwrite=True)
     finally:
