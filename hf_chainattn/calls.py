@@ -1,16 +1,20 @@
 """What the attention function must know of the call of its attention module, and is not handed: two hooks find it."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache
 
 from hf_chainattn.cache import ChainLayer, chain_layer
 from hf_chainattn.errors import UnsupportedModelError
+from hf_chainattn.parts import uses_chain
 
-# where a module keeps which layer it is, and what is known of its call while it lasts
-_PLACE, _CALL = "_chain_place", "_chain_call"
+# where a module keeps which layer it is, and who looks on; and while a call lasts, what is known of it and whether it
+# attended yet
+_PLACE, _OBSERVER = "_chain_place", "_chain_observer"
+_CALL, _ATTENDED = "_chain_call", "_chain_attended"
 
 # a value for a parameter of one of these names makes the call cross-attention, which is never a chain
 _CROSS_ATTENTION = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
@@ -35,11 +39,13 @@ class Place(NamedTuple):
         number: Which layer, from 0.
         in_encoder: Whether it is one of an encoder-decoder's encoder.
         parameters: Of its forward, in order.
+        heads: How many query heads it has; ``None`` until its model is complete.
     """
 
     number: int
     in_encoder: bool
     parameters: tuple[str, ...]
+    heads: int | None = None
 
 
 class Call(NamedTuple):
@@ -62,6 +68,11 @@ def call_of(module: nn.Module) -> Call | None:
     return call
 
 
+def note_attention(module: nn.Module) -> None:
+    """Note that a module has called its attention function: one that does not would be ordinary without a sign."""
+    module.__dict__[_ATTENDED] = True
+
+
 def place_of(module: nn.Module) -> Place | None:
     """Return which layer a watched attention module is, else ``None``."""
     place: Place | None = module.__dict__.get(_PLACE)
@@ -71,6 +82,28 @@ def place_of(module: nn.Module) -> Place | None:
 def set_place(module: nn.Module, place: Place) -> None:
     """Tell a watched attention module which layer it is."""
     module.__dict__[_PLACE] = place
+
+
+def observe(module: nn.Module, observer: Callable[..., None] | None) -> None:
+    """Let ``observer`` be called at every self-attention of a module, or with ``None`` no longer; see ``show``."""
+    if observer is None:
+        module.__dict__.pop(_OBSERVER, None)
+    else:
+        module.__dict__[_OBSERVER] = observer
+
+
+def show(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, **settings: Any) -> None:
+    """Hand what a module is about to attend with to its observer, if it has one.
+
+    Args:
+        module: The attention module.
+        query: ``[B, H, C, D]``.
+        key: ``[B, H_kv, K, D]``.
+        mask: Boolean or additive, broadcastable to ``[B, H, C, K]``; ``None``: everything is visible.
+        settings: ``gamma``, ``diagonal``, ``scale`` and ``softcap`` as for ``mixing_matrix``.
+    """
+    if (observer := module.__dict__.get(_OBSERVER)) is not None:
+        observer(module, module.__dict__[_PLACE], query, key, mask, **settings)
 
 
 def watch(module: nn.Module, position: int) -> None:
@@ -129,7 +162,12 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
     """Forward hook, called after errors too: a module that kept the cache would keep its memory, and not be copied."""
-    call = module.__dict__.pop(_CALL, None)
+    call, attended = module.__dict__.pop(_CALL, None), module.__dict__.pop(_ATTENDED, False)
+    if output is not None and not attended and uses_chain(module.config):
+        raise UnsupportedModelError(
+            f"The forward of {type(module).__name__} did not call its attention function, and gave something else "
+            "than chain attention: undo what has replaced it, or use attn_implementation='sdpa'."
+        )
     if call is None or call.layer is None:
         return
     call.layer.expected = False

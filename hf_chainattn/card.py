@@ -6,18 +6,23 @@ and the summary that Trainer publishes. Each would overwrite the section, so eac
 
 import re
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modelcard import TrainingSummary
 
 from hf_chainattn.models import TAG, parts_of
 from hf_chainattn.parts import uses_chain
 from hf_chainattn.summary import layer_groups
+from hf_chainattn.wrappers import Wrappers
+
+if TYPE_CHECKING:
+    from transformers.modelcard import TrainingSummary
 
 _BEGIN, _END = "<!-- hf_chainattn: begin -->", "<!-- hf_chainattn: end -->"
 _SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)
@@ -103,7 +108,19 @@ def attention_section(model: nn.Module) -> str | None:
     )
 
 
-def complete_upload(
+def wrap_cards(wrappers: Wrappers) -> None:
+    """Wrap what uploads a model, and what writes the card of Trainer when that is imported."""
+    wrappers.put(PreTrainedModel, "_upload_modified_files", _complete_upload)
+    wrappers.after_import("transformers.modelcard", partial(_wrap_summary, wrappers))
+
+
+def _wrap_summary(wrappers: Wrappers) -> None:
+    summary = import_module("transformers.modelcard").TrainingSummary
+    wrappers.put(summary, "from_trainer", _describe_training)
+    wrappers.put(summary, "to_model_card", _write_training)
+
+
+def _complete_upload(
     original: Callable[..., Any], model: PreTrainedModel, working_dir: str, *args: Any, **kwargs: Any
 ) -> Any:  # noqa: ANN401  what the original returns
     """Complete the card that ``push_to_hub`` has just written, then upload."""
@@ -111,14 +128,14 @@ def complete_upload(
     return original(model, working_dir, *args, **kwargs)
 
 
-def describe_training(original: Callable[..., Any], cls: type[TrainingSummary], trainer: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+def _describe_training(original: Callable[..., Any], cls: "type[TrainingSummary]", trainer: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     """Let the summary that Trainer makes of a training know the section."""
     summary = original(cls, trainer, **kwargs)
     summary.attention_section = attention_section(trainer.model)
     return summary
 
 
-def write_training(original: Callable[..., str], summary: TrainingSummary) -> str:
+def _write_training(original: Callable[..., str], summary: "TrainingSummary") -> str:
     """Return the card of such a summary with the section in it."""
     return _with_section(original(summary), getattr(summary, "attention_section", None))
 

@@ -77,19 +77,19 @@ class ChainAttentionConfig:
         entry = self.gamma[index]
         return entry if isinstance(entry, float) else tuple(entry)
 
-    def check_layer(self, number: int, heads: int, layers: int | None) -> None:
+    def check_layer(self, number: int, heads: int | None, layers: int | None) -> None:
         """Raise unless what is said of layers and heads fits a model.
 
         Args:
             number: Of one of its layers.
-            heads: Query heads of that layer.
+            heads: Query heads of that layer, if that is known.
             layers: How many layers the model has, if that is known.
 
         Raises:
             ValueError: If not.
         """
         gamma = self.of_layer(number)
-        if isinstance(gamma, tuple) and len(gamma) != heads:
+        if isinstance(gamma, tuple) and heads is not None and len(gamma) != heads:
             raise ValueError(f"gamma must have an entry for each of {heads} heads, got {gamma!r} for layer {number}.")
         if layers is None:
             return
@@ -98,14 +98,18 @@ class ChainAttentionConfig:
         if self.layers and max(self.layers) >= layers:
             raise ValueError(f"layers must be below {layers}, the number of layers, got {list(self.layers)}.")
 
-    def start_of(self, index: int, heads: int, *, in_encoder: bool = False) -> tuple[float, ...] | None:
+    def start_of(self, index: int, heads: int | None, *, in_encoder: bool = False) -> tuple[float, ...] | None:
         """Return what the gate of a layer begins with, one number or one for each head; ``None``: it has no gate."""
         gamma = self.of_layer(index, in_encoder=in_encoder)
         if not self.learnable or gamma == 0.0:
             return None
         if isinstance(gamma, tuple):
             return gamma
-        return (gamma,) * (heads if self.per_head else 1)
+        if self.per_head and heads is None:
+            raise ValueError(
+                f"per_head=True needs the number of heads of layer {index}, which the model does not say."
+            )
+        return (gamma,) * (heads if self.per_head and heads else 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, as it is written to ``config.json``: what is not as by default, gamma and diagonal."""

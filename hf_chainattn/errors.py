@@ -15,6 +15,10 @@ class UnsupportedCacheError(ChainAttentionError, ValueError):
     """Keys and values came out of a cache: chain attention cannot continue from cached plain values."""
 
 
+class AdapterError(ChainAttentionError, ValueError):
+    """An adapter was trained with another attention than the model's, or would be saved without gates it trained."""
+
+
 class InexactSolveError(ChainAttentionError, ArithmeticError):
     """A walk was not solved to the tolerance; the message says how far it is off and what to do.
 

@@ -31,9 +31,15 @@ class ChainGate(nn.Module):
 
     def reset_parameters(self) -> None:
         """Write the gamma to begin with, unless the parameter was loaded from a checkpoint."""
-        logits = torch.tensor(self.start, dtype=torch.float64, device="cpu").logit()
+        logits = torch.tensor(self.start, dtype=torch.float64, device="cpu").logit().to(self.bias)
+        bias: Any = self.bias
+        if hasattr(bias, "device_mesh"):
+            # each process of fully sharded training has its part; all of them know the whole
+            from torch.distributed.tensor import distribute_tensor
+
+            logits = distribute_tensor(logits, bias.device_mesh, bias.placements, src_data_rank=None)
         # does nothing to a parameter that transformers has marked as loaded
-        init.copy_(self.bias, logits.to(self.bias))
+        init.copy_(bias, logits)
 
     def forward(self) -> Tensor:
         """Return gamma, float32."""
@@ -51,10 +57,24 @@ class ChainGate(nn.Module):
         return super()._apply(keeping_float32, recurse)
 
 
-def gate_of(module: nn.Module) -> ChainGate | None:
-    """Return the gate of an attention module, if it has one."""
+def gate_of(module: nn.Module) -> Any:  # noqa: ANN401  a gate, or what stands for one
+    """Return the gate of an attention module, or ``None`` if it has none.
+
+    Where PEFT trains a copy of the gate (``modules_to_save``), what it put in its place: called, it is the copy of the
+    active adapter.
+    """
     gate = module._modules.get(GATE)
-    return gate if isinstance(gate, ChainGate) else None
+    return gate if isinstance(original_of(gate), ChainGate) else None
+
+
+def original_of(gate: Any) -> Any:  # noqa: ANN401  anything
+    """Return the gate that PEFT trains a copy of, or the gate itself."""
+    return getattr(gate, "original_module", gate)
+
+
+def gates_of(model: nn.Module) -> list[ChainGate]:
+    """Return all gates of a model, with PEFT the frozen ones and the copies of all adapters."""
+    return [module for module in model.modules() if isinstance(module, ChainGate)]
 
 
 def set_gate(module: nn.Module, start: Sequence[float] | None) -> None:
@@ -65,9 +85,16 @@ def set_gate(module: nn.Module, start: Sequence[float] | None) -> None:
     gate = gate_of(module)
     if start is None and gate is not None:
         delattr(module, GATE)
-    elif start is not None and (gate is None or gate.start != tuple(start)):
-        parameter = next(module.parameters(), None)
-        setattr(module, GATE, ChainGate(start, None if parameter is None else parameter.device))
+    elif start is not None and (gate is None or original_of(gate).start != tuple(start)):
+        setattr(module, GATE, ChainGate(start, _device_of(module)))
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    """Return where a module computes, which is not where its parameters are while accelerate has them elsewhere."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    device = next((found for hook in hooks if (found := getattr(hook, "execution_device", None)) is not None), None)
+    parameter = next(module.parameters(), None)
+    return parameter.device if device is None and parameter is not None else device
 
 
 def keep_in_float32(model: PreTrainedModel) -> None:
@@ -87,7 +114,7 @@ def gate_parameter_groups(
         weight_decay: Of matrices; vectors, such as biases, norms and gates, are not decayed.
 
     Raises:
-        ValueError: If the model has no gates.
+        ValueError: If the model has no gates that are trained.
 
     Example:
         >>> import torch
@@ -98,10 +125,13 @@ def gate_parameter_groups(
         >>> groups = gate_parameter_groups(model, learning_rate=1e-3, gate_lr=1e-2, weight_decay=0.1)
         >>> optimizer = torch.optim.AdamW(groups)  # Trainer(..., optimizers=(optimizer, None))
     """
-    gates = {id(gate.bias) for module in model.modules() if (gate := gate_of(module)) is not None}
-    if not gates:
-        raise ValueError("The model has no gates: switch it with enable_chain_attention(model, learnable=True).")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gates = {id(gate.bias) for gate in gates_of(model) if gate.bias.requires_grad}
+    if not gates:
+        raise ValueError(
+            "The model has no gates that are trained: switch it with enable_chain_attention(model, learnable=True), "
+            f"and give PEFT modules_to_save=[{GATE!r}]."
+        )
     others = [parameter for parameter in parameters if id(parameter) not in gates]
     groups: list[tuple[list[nn.Parameter], float, float]] = [
         ([parameter for parameter in others if parameter.ndim > 1], learning_rate, weight_decay),

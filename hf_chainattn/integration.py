@@ -11,18 +11,20 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_chainattn.api import chain_attention
-from hf_chainattn.calls import call_of
+from hf_chainattn.calls import call_of, note_attention, show
 from hf_chainattn.config import ChainAttentionConfig
 from hf_chainattn.dense import attention_weights
 from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.gates import gate_of
 from hf_chainattn.generation import attend_with_cache
+from hf_chainattn.models import divided
 
 # what models hand on that does not change attention, or that the mask already holds
 _HARMLESS = frozenset(
     {
         "cache_position",
         "deterministic",
+        "logits_to_keep",
         "num_items_in_batch",
         "output_attentions",
         "output_hidden_states",
@@ -86,19 +88,20 @@ def chain_attention_forward(
             f"{type(module).__name__} hands {strange} to its attention, which chain attention does not know and may "
             "not ignore: use attn_implementation='eager' for this model, or call it without them."
         )
+    note_attention(module)
     mask, settings = _with_bias(attention_mask, position_bias), ChainAttentionConfig.from_value(stored)
     attention = None
     if others.get("output_attentions"):
         attention = attention_weights(query, key, mask, scale=scaling, softcap=softcap)
     gamma: float | tuple[float, ...] | Tensor = settings.of_layer(call.place.number, in_encoder=call.place.in_encoder)
-    # what is ordinary is left to sdpa, which has no softcap and knows no U in a cache
+    shown = {"diagonal": settings.diagonal, "scale": scaling, "softcap": softcap}
+    # ordinary attention knows no U in a cache
     if call.crosses or (gamma == 0.0 and softcap is None and call.layer is None):
-        if softcap is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} softcaps cross-attention, which sdpa cannot do.")
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
-        )
-        return output, attention
+        if not call.crosses:
+            show(module, query, key, mask, gamma=0.0, **shown)
+        return _ordinary(module, query, key, value, mask, dropout, scaling, softcap), attention
+    if call.place.heads not in (None, query.shape[1]):
+        raise divided(type(module).__name__, f"processes, with {query.shape[1]} of {call.place.heads} heads here,")
     gate = gate_of(module)
     if settings.learnable != (gate is not None) and gamma != 0.0:
         raise UnsupportedModelError(
@@ -110,13 +113,8 @@ def chain_attention_forward(
         gamma = gate()
     elif isinstance(gamma, tuple):
         gamma = torch.tensor(gamma, dtype=torch.float64)
-    options: dict[str, Any] = {
-        "gamma": gamma,
-        "diagonal": settings.diagonal,
-        "scale": scaling,
-        "softcap": softcap,
-        "dropout_p": dropout,
-    }
+    show(module, query, key, mask, gamma=gamma, **shown)
+    options: dict[str, Any] = {"gamma": gamma, "dropout_p": dropout, **shown}
     if call.layer is None:
         output = chain_attention(query, key, value, attn_mask=mask, is_causal=False, **options)
     else:
@@ -137,6 +135,30 @@ def chain_mask(
     """
     mask: Tensor = sdpa_mask(*args, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs)
     return mask
+
+
+def _ordinary(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Return ordinary attention ``[B, T, H, E]``: that of sdpa, or written out where there is a softcap."""
+    if softcap is not None:
+        weights = attention_weights(query, key, mask, scale=scaling, softcap=softcap)
+        values = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+        return (nn.functional.dropout(weights, dropout) @ values).transpose(1, 2).contiguous()
+    if mask is not None and mask.is_floating_point():
+        # the kernel of torch 2.13 for CPUs reads a float32 mask as if it were float64 where the queries are
+        mask = mask.to(torch.promote_types(mask.dtype, query.dtype))
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
+    )
+    return output
 
 
 def _with_bias(attention_mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:

@@ -1,7 +1,9 @@
 """Which transformers models can run with chain attention, and making one ready for it or ordinary again."""
 
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -12,12 +14,14 @@ from hf_chainattn.calls import place_of, set_place, unwatch, watch
 from hf_chainattn.config import ChainAttentionConfig, Diagonal, Gamma
 from hf_chainattn.errors import UnsupportedModelError
 from hf_chainattn.gates import keep_in_float32, set_gate
-from hf_chainattn.parts import NAME, decoder_key, decoder_key_or_none, uses_chain
+from hf_chainattn.parts import NAME, decoder_key, is_inside, named_configs, uses_chain
 
 # of models with chain attention on the Hub
 TAG = "chain-attention"
 # modules that dispatch twice and subtract: the difference of two chains is not the chain of the difference
 _DIFFERENTIAL = ("DiffLlamaAttention",)
+# what a forward that attends by itself calls
+_SOFTMAXES = frozenset({"softmax", "scaled_dot_product_attention"})
 # model types whose other layers read the attention mask too, as eager attention has it: NLLB's router of experts
 _MASK_READERS = ("nllb-moe",)
 
@@ -69,12 +73,12 @@ def enable_chain_attention(
         gamma=gamma, diagonal=diagonal, layers=layers, encoder=encoder, learnable=learnable, per_head=per_head
     )
     key = decoder_key(model.config)
-    if encoder and (key is not None or not getattr(model.config, "is_encoder_decoder", False)):
+    if encoder and not any(_on_encoder_side(model, name, module) for name, module in dispatching_modules(model)):
         raise ValueError(
             "encoder=True is for a model whose encoder and decoder have one config: ask for another encoder by part, "
             "with set_attn_implementation({'encoder': 'chain'})."
         )
-    config = model.config if key is None else getattr(model.config, key)
+    config = getattr(model.config, key) if key else model.config
     before = config.__dict__.get("chain_attention")
     config.chain_attention = settings.to_dict()
     try:
@@ -119,6 +123,39 @@ def dispatching_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def _modules_to_chain(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the dispatching modules of a model without those of its parts that stay ordinary."""
+    for name, module in dispatching_modules(model):
+        config = getattr(module, "config", None)
+        if config is None or uses_chain(config) or not is_inside(model.config, config):
+            yield name, module
+
+
+def _attending_alone(model: PreTrainedModel) -> Iterator[str]:
+    """Yield the names of modules whose own forward is a self-attention that never calls the attention interface.
+
+    Parts that have a config of their own are asked for, and looked at, by themselves.
+    """
+    parts: list[str] = []
+    for name, module in model.named_modules():
+        if is_inside(model.config, getattr(module, "config", None)):
+            parts.append(f"{name}.")
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        if code is None or f"{name}.".startswith(tuple(parts)) or not _is_self_attention(type(module)):
+            continue
+        if _SOFTMAXES & set(code.co_names) and "get_interface" not in code.co_names and not is_cross_attention(name):
+            yield name
+
+
+def _is_self_attention(kind: type[nn.Module]) -> bool:
+    """Return whether a module class that takes a softmax is self-attention, by its name and its arguments."""
+    parameters = list(inspect.signature(kind.forward).parameters)
+    if "Attention" not in kind.__name__ or "Pooling" in kind.__name__ or parameters[1:2] != ["hidden_states"]:
+        return False
+    # deformable attention reads an image at such points
+    return "reference_points" not in parameters
+
+
 def check_model(model: PreTrainedModel) -> None:
     """Raise unless every module of ``model`` that would run as a chain is self-attention that really dispatches.
 
@@ -134,11 +171,15 @@ def check_model(model: PreTrainedModel) -> None:
             f"{kind} reads the attention mask of eager attention outside of its attention too, and would read that of "
             "chain attention wrongly: use attn_implementation='eager' here."
         )
-    found = list(dispatching_modules(model))
-    if not found:
+    if not any(dispatching_modules(model)):
         raise never_dispatches(kind)
-    for name, module in found:
+    for name, module in _modules_to_chain(model):
         _check_module(kind, name, module)
+    if (alone := next(_attending_alone(model), None)) is not None:
+        raise UnsupportedModelError(
+            f"{kind} attends in {alone} without the attention interface, which only others of its modules call, and "
+            "would be a chain in part: use attn_implementation='eager' here."
+        )
 
 
 def never_dispatches(kind: str) -> UnsupportedModelError:
@@ -147,6 +188,83 @@ def never_dispatches(kind: str) -> UnsupportedModelError:
         f"{kind} accepts attn_implementation='chain' but never calls the attention interface, so that the setting "
         "would silently change nothing. Use a model type whose attention dispatches (GPT-2, Llama, BERT, ViT and "
         "most others), or attn_implementation='eager' here."
+    )
+
+
+def check_part(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Raise unless a model with this config, itself or one inside it, has become a chain: transformers only logs that.
+
+    Raises:
+        UnsupportedModelError: If it cannot switch, or there is no such model.
+    """
+    if not uses_chain(config):
+        raise never_dispatches(type(model).__name__)
+    if not any(part.config is config for part in parts_of(model)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} was asked for chain attention in its {type(config).__name__}, and has no "
+            "transformers model inside that runs on it: ask for another part."
+        )
+
+
+def check_class(kind: type[PreTrainedModel]) -> None:
+    """Raise if a model class cannot be built as a chain, before its modules are: that would end in a bare KeyError.
+
+    Raises:
+        UnsupportedModelError: If its attention never looks at the attention interface, or is picked by the name of the
+            implementation from a table that does not have this one.
+    """
+    if not kind._can_set_attn_implementation():
+        raise never_dispatches(kind.__name__)
+    if (table := _table_of_attentions(kind)) is not None:
+        raise UnsupportedModelError(
+            f"{kind.__name__} picks the class of its attention from {table}, which does not know chain attention: use "
+            "attn_implementation='eager' here."
+        )
+
+
+def _table_of_attentions(kind: type[nn.Module]) -> str | None:
+    """Return the name of a table of attention classes without ours that building a module would look into."""
+    names, reached, waiting = vars(sys.modules[kind.__module__]), {kind}, [kind]
+    while waiting:
+        for name in _names_in(getattr(inspect.unwrap(waiting.pop().__init__), "__code__", None)):
+            value = names.get(name)
+            if isinstance(value, dict) and "eager" in value and NAME not in value:
+                return name
+            if inspect.isclass(value) and issubclass(value, nn.Module) and value not in reached:
+                reached.add(value)
+                waiting.append(value)
+    return None
+
+
+def _names_in(code: CodeType | None) -> Iterator[str]:
+    """Yield the names that a function uses, in comprehensions inside it too."""
+    if code is not None:
+        yield from code.co_names
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from _names_in(constant)
+
+
+def check_undivided(model: PreTrainedModel) -> None:
+    """Raise if a model is divided over processes by tensor parallelism, or will be when its weights are loaded.
+
+    Each process would have some of the heads of a layer. Gates, lists of gammas and caches are not divided with them.
+
+    Raises:
+        UnsupportedModelError: If so.
+    """
+    # the first is there before the model is built, the second after it has been divided
+    planned = getattr(model.config, "distributed_config", None)
+    for size in (getattr(planned, "tp_size", None), *(part._tp_size for part in parts_of(model))):
+        if size is not None and size > 1:
+            raise divided(type(model).__name__, f"{size} processes")
+
+
+def divided(kind: str, how: str) -> UnsupportedModelError:
+    """Return the error for a model or module whose heads are divided by tensor parallelism."""
+    return UnsupportedModelError(
+        f"{kind} is divided over {how} by tensor parallelism, and the gates, gammas and caches of chain attention are "
+        "not: load it without tp_plan, tp_size or a DistributedConfig with tp_size > 1; data parallelism is supported."
     )
 
 
@@ -183,7 +301,7 @@ def prepare_model(model: PreTrainedModel) -> None:
         )
     model.config.chain_attention = settings.to_dict()
     keep_in_float32(model)
-    for position, (_, module) in enumerate(dispatching_modules(model)):
+    for position, (_, module) in enumerate(_modules_to_chain(model)):
         watch(module, position)
 
 
@@ -193,18 +311,17 @@ def mark_places(model: PreTrainedModel) -> None:
     Raises:
         ValueError: If settings name layers or heads that do not exist, or leave some out.
     """
-    # where encoder and decoder have configs of their own, each is asked for by itself
-    two_sides = bool(getattr(model.config, "is_encoder_decoder", False)) and decoder_key_or_none(model.config) is None
     for name, module in dispatching_modules(model):
         if (place := place_of(module)) is None:
             continue
-        in_encoder = two_sides and (_in_encoder(name) or getattr(module, "is_decoder", None) is False)
-        set_place(module, place._replace(in_encoder=in_encoder))
+        in_encoder = _on_encoder_side(model, name, module)
+        heads = _heads_of(module)
+        set_place(module, place._replace(in_encoder=in_encoder, heads=heads))
         settings = ChainAttentionConfig.from_value(getattr(module.config, "chain_attention", None))
-        start = settings.start_of(place.number, _heads_of(module), in_encoder=in_encoder)
+        start = settings.start_of(place.number, heads, in_encoder=in_encoder)
         set_gate(module, None if is_cross_attention(name) else start)
         if not in_encoder:
-            settings.check_layer(place.number, _heads_of(module), _layers_of(module))
+            settings.check_layer(place.number, heads, _layers_of(module))
 
 
 def is_cross_attention(name: str) -> bool:
@@ -214,12 +331,13 @@ def is_cross_attention(name: str) -> bool:
     return any("cross" in part for part in last) or any(word in last[-1] for word in ("encoder", "encdec"))
 
 
-def _heads_of(module: nn.Module) -> int:
-    """Return the number of query heads of an attention module."""
+def _heads_of(module: nn.Module) -> int | None:
+    """Return the number of query heads of an attention module, ``None`` if neither it nor its config says."""
     for name in ("num_heads", "num_attention_heads", "n_heads", "n_head"):
         if isinstance(heads := getattr(module, name, None), int):
             return heads
-    return int(module.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+    heads = getattr(module.config, "num_attention_heads", None)
+    return heads if isinstance(heads, int) else None
 
 
 def _layers_of(module: nn.Module) -> int | None:
@@ -228,6 +346,17 @@ def _layers_of(module: nn.Module) -> int | None:
         if isinstance(layers := getattr(module.config, name, None), int):
             return layers
     return None
+
+
+def _on_encoder_side(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
+    """Return whether an attention module is one of the encoder of an encoder-decoder.
+
+    Where encoder and decoder have configs of their own, each is asked for by itself and counts as a model of its own.
+    """
+    config = getattr(module, "config", None)
+    if not getattr(model.config, "is_encoder_decoder", False) or is_inside(model.config, config):
+        return False
+    return _in_encoder(name) or getattr(module, "is_decoder", None) is False
 
 
 def _in_encoder(name: str) -> bool:
@@ -254,6 +383,24 @@ def tag(model: PreTrainedModel) -> None:
         model.add_model_tags(TAG)
     elif TAG in (model.model_tags or ()):
         model.model_tags.remove(TAG)
+
+
+def check_savable(model: PreTrainedModel) -> None:
+    """Raise if a part of a model uses chain attention and no config that is saved with the model says so.
+
+    Raises:
+        UnsupportedModelError: If so; a reload would be ordinary.
+    """
+    saved = [config for _, config in named_configs(model.config)]
+    for name, part in model.named_modules():
+        if not isinstance(part, PreTrainedModel) or not uses_chain(part.config):
+            continue
+        # some models make copies of their config for their stacks
+        if not any(uses_chain(config) for config in saved if type(config) is type(part.config)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} would be saved without the chain attention of {name}, whose config is a copy "
+                "that is not saved: switch the whole model with enable_chain_attention(model)."
+            )
 
 
 def name_in_config(config: PreTrainedConfig) -> None:

@@ -2,42 +2,38 @@
 
 Four things are needed, and ``unregister`` undoes them: the attention function; the mask function; a class attribute
 ``PreTrainedConfig.chain_attention``, without which ``from_pretrained(..., chain_attention={...})`` is refused; and
-wrappers around methods of transformers, listed below, which step aside while the name is not registered.
+wrappers around methods of ``PreTrainedModel``, listed below, around what writes model cards, see ``card``, and around
+what loads and saves adapters, see ``adapters``.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.modelcard import TrainingSummary
+from transformers.generation.continuous_batching import ContinuousMixin
 
-from hf_chainattn.card import complete_upload, describe_training, write_training
+from hf_chainattn.adapters import wrap_adapters
+from hf_chainattn.card import wrap_cards
 from hf_chainattn.integration import chain_attention_forward, chain_mask
 from hf_chainattn.lifecycle import (
     begin_construction,
+    begin_continuous_batching,
     begin_gate,
     change_implementation,
     end_construction,
     save_with_name,
 )
 from hf_chainattn.parts import NAME
+from hf_chainattn.wrappers import Wrappers
 
-# class, method, and what is called instead, with the method as its first argument
-_WRAPPERS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
-    (PreTrainedModel, "__init__", begin_construction),
-    (PreTrainedModel, "post_init", end_construction),
-    (PreTrainedModel, "set_attn_implementation", change_implementation),
-    (PreTrainedModel, "save_pretrained", save_with_name),
-    (PreTrainedModel, "_initialize_weights", begin_gate),
-    (PreTrainedModel, "_upload_modified_files", complete_upload),
-    # Trainer writes a model card of its own when it publishes
-    (TrainingSummary, "from_trainer", describe_training),
-    (TrainingSummary, "to_model_card", write_training),
-)
-
-# while registered: class, method, our wrapper, and what the class had itself
-_installed: list[tuple[type, str, Any, Any]] = []
+# methods of PreTrainedModel, and what is called instead, with the method as its first argument
+_AROUND: dict[str, Callable[..., Any]] = {
+    "__init__": begin_construction,
+    "post_init": end_construction,
+    "set_attn_implementation": change_implementation,
+    "save_pretrained": save_with_name,
+    "_initialize_weights": begin_gate,
+}
 
 
 def register() -> None:
@@ -55,14 +51,11 @@ def register() -> None:
     AttentionInterface.register(NAME, chain_attention_forward)
     AttentionMaskInterface.register(NAME, chain_mask)
     PreTrainedConfig.chain_attention = None
-    for owner, name, replacement in _WRAPPERS:
-        own = owner.__dict__.get(name)
-        if isinstance(own, classmethod):
-            wrapper: Any = classmethod(_wrapped(own.__func__, replacement))
-        else:
-            wrapper = _wrapped(getattr(owner, name), replacement)
-        setattr(owner, name, wrapper)
-        _installed.append((owner, name, wrapper, own))
+    for name, around in _AROUND.items():
+        _wrappers.put(PreTrainedModel, name, around)
+    _wrappers.put(ContinuousMixin, "init_continuous_batching", begin_continuous_batching)
+    wrap_cards(_wrappers)
+    wrap_adapters(_wrappers)
 
 
 def unregister() -> None:
@@ -72,15 +65,7 @@ def unregister() -> None:
     del AttentionInterface._global_mapping[NAME]
     del AttentionMaskInterface._global_mapping[NAME]
     del PreTrainedConfig.chain_attention
-    for owner, name, wrapper, own in _installed:
-        # where another library has wrapped ours in turn, ours stays, and does nothing while it is not registered
-        if owner.__dict__.get(name) is not wrapper:
-            continue
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
-    _installed.clear()
+    _wrappers.remove()
 
 
 def is_registered() -> bool:
@@ -88,13 +73,4 @@ def is_registered() -> bool:
     return AttentionInterface._global_mapping.get(NAME) is chain_attention_forward
 
 
-def _wrapped(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that calls ``replacement(original, ...)``, or only ``original`` while not registered."""
-
-    @functools.wraps(original)
-    def method(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  what the original returns
-        if not is_registered():
-            return original(*args, **kwargs)
-        return replacement(original, *args, **kwargs)
-
-    return method
+_wrappers = Wrappers(is_registered)

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_chainattn.adapters import scheduled
 from hf_chainattn.config import ChainAttentionConfig, check_gamma
 from hf_chainattn.models import parts_of
 from hf_chainattn.parts import uses_chain
@@ -46,6 +47,13 @@ class GammaSchedule(TrainerCallback):
         # at the end exactly what was asked for
         return self.end if share == 1.0 else self.start + share * (self.end - self.start)
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let Trainer load an adapter of any step of the rise: gamma of the step is set before it is used."""
+        if kwargs["model"] is not None:
+            scheduled.update(parts_of(kwargs["model"]))
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -58,6 +66,7 @@ class GammaSchedule(TrainerCallback):
                 raise ValueError(
                     "GammaSchedule raises one fixed gamma: use it without learnable=True and without a list of gammas."
                 )
+        scheduled.update(parts_of(kwargs["model"]))
         self.on_step_begin(args, state, control, **kwargs)
 
     def on_step_begin(
@@ -69,8 +78,12 @@ class GammaSchedule(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the last gamma in the model."""
-        _set(kwargs["model"], self.gamma(state.global_step, state.max_steps))
+        """Leave the last gamma in the model, or that of the best weights where Trainer has gone back to them."""
+        went_back = args.load_best_model_at_end and state.best_model_checkpoint and state.best_global_step
+        # the step before: a checkpoint is made when a step has been counted
+        step = state.best_global_step - 1 if went_back else state.global_step
+        _set(kwargs["model"], self.gamma(step, state.max_steps))
+        scheduled.difference_update(parts_of(kwargs["model"]))
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_chainattn.calls import place_of
 from hf_chainattn.config import ChainAttentionConfig
-from hf_chainattn.gates import gate_of
+from hf_chainattn.gates import gate_of, original_of
 from hf_chainattn.models import dispatching_modules, is_cross_attention
 
 
@@ -79,8 +79,9 @@ def _gamma_of(name: str, module: nn.Module) -> float | tuple[float, ...]:
     if place is None or is_cross_attention(name):
         return 0.0
     if gate is not None:
+        learned = gate()
         # a model that is being built has no values yet
-        values = gate.start if gate.bias.is_meta else tuple(gate().tolist())
+        values = original_of(gate).start if learned.is_meta else tuple(learned.tolist())
         return values if len(values) > 1 else values[0]
     settings = ChainAttentionConfig.from_value(getattr(module.config, "chain_attention", None))
     return settings.of_layer(place.number, in_encoder=place.in_encoder)

@@ -1,18 +1,15 @@
 """``python -m examples.end_to_end``: run the three parts and write the report."""
 
 import argparse
-import importlib.metadata
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
 from examples.end_to_end import certification, chain, highway
+from examples.end_to_end.facts import machine_facts
 from examples.end_to_end.report import TITLES, write_report
 from examples.end_to_end.tables import TABLES, statements
 
@@ -21,18 +18,6 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "highway": highway.run,
     "certification": certification.run,
 }
-
-
-def machine_facts() -> dict[str, Any]:
-    """Return what the figures may depend on."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
-    return {
-        "Python": platform.python_version(),
-        **versions,
-        "CPU": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def show(part: str, result: dict[str, Any]) -> None:

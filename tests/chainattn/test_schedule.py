@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_chainattn import GammaSchedule, enable_chain_attention
@@ -68,6 +69,33 @@ def test_a_checkpoint_of_the_rise_has_its_gamma_and_resumes_bit_by_bit(tmp_path)
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert model.eval()(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_best_weights_come_back_with_their_gamma(adapter, tmp_path):
+    """Oracle: the loss that Trainer found best. It is asked for the largest loss, which is not the last."""
+    model = chained()
+    if adapter:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    settings = arguments(
+        tmp_path,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+    )
+    schedule = GammaSchedule(end=0.9, warmup_ratio=1.0)
+    trainer = Trainer(model, settings, train_dataset=Text(), eval_dataset=Text(), callbacks=[schedule])
+    trainer.train()
+    assert trainer.state.best_global_step < 6
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+    name = "adapter_config.json" if adapter else "config.json"
+    stored = json.loads((tmp_path / f"checkpoint-{trainer.state.best_global_step}" / name).read_text())
+    assert stored["chain_attention"] == model.config.chain_attention
 
 
 def test_what_cannot_rise_is_refused():

@@ -1,8 +1,11 @@
 """Settings reach every layer they are for, survive a reload, and are refused where they would do nothing."""
 
+import copy
+
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_chainattn import (
@@ -41,6 +44,21 @@ def test_settings_reach_stacks_with_copies_of_the_config(tmp_path):
     torch.testing.assert_close(logits(again), found)
     disable_chain_attention(again)
     torch.testing.assert_close(logits(again), plain, rtol=1e-4, atol=1e-3)
+
+
+def test_a_stack_that_is_switched_by_itself_is_not_saved_as_ordinary(tmp_path):
+    """T5 gives its stacks copies of its config, of which a checkpoint knows nothing."""
+    model = decoder("t5", "ordinary")
+    plain = logits(model)
+    enable_chain_attention(model.decoder, gamma=0.5)
+    assert (logits(model) - plain).abs().max() > 0.1
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q"]))
+    for each in (model, adapted):
+        with pytest.raises(UnsupportedModelError, match="saved without the chain attention of decoder"):
+            each.save_pretrained(tmp_path)
+    enable_chain_attention(model, gamma=0.5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
 
 
 def test_an_encoder_with_a_config_of_its_own_is_asked_for_by_part(tmp_path):
