@@ -12,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from hf_certify.bounds import require_certifiable
+from hf_certify.certificate import Certificate
 from hf_certify.config import BatchSize, CertifyConfig, IntervalName, MarginOption
 from hf_certify.errors import UnsupportedModelError
 from hf_certify.journal import HEADER_FILE, read_header
@@ -19,7 +20,7 @@ from hf_certify.noise import fresh_seed, require_resolution
 from hf_certify.processes import Processes
 from hf_certify.provenance import machine_facts, model_facts, run_info
 from hf_certify.report import CertificationReport, check_labels
-from hf_certify.runner import count_all
+from hf_certify.runner import Votes, count_all
 from hf_certify.sampling import default_batch_size
 from hf_certify.smoothing import check_input
 from hf_certify.spaces import space_of
@@ -100,18 +101,13 @@ def certify_pipeline(
     space, processes = space_of(pipe), Processes.current()
     require_certifiable(alpha, n, interval=interval, margin=config.resolved_margin, num_classes=space.num_classes)
     items = as_sequence(inputs, space.array_ndim)
-    # one pass over all inputs before the first draw: a bad one must not cost the work on the others
-    shapes, digests, largest = set(), [], 0
-    for position in range(len(items)):
-        encoded = space.encode(items[position], position)
-        check_input(encoded.x, sigma)
-        shapes.add(tuple(encoded.x.shape))
-        digests.append(encoded.digest())
-        largest = max(largest, encoded.x.numel())
+    shapes, digests = _examined(space, items, sigma)
     config = dataclasses.replace(
         config,
         seed=_seed(seed, resume, processes),
-        batch_size=default_batch_size(space.model, largest, max(n0, n)) if batch_size == "auto" else batch_size,
+        batch_size=default_batch_size(space.model, max(map(math.prod, shapes)), max(n0, n))
+        if batch_size == "auto"
+        else batch_size,
     )
     facts = {
         "input_shapes": sorted(map(list, shapes)),
@@ -138,23 +134,36 @@ def certify_pipeline(
             header={"config": config.to_dict(), "facts": facts},
             on_draws=bar.update,
         )
-    certificates = []
-    for position in range(len(items)):
-        encoded, (selection, estimation) = space.encode(items[position], position), votes[position]
-        for output in range(math.prod(space.outputs)):
-            certificates.append(
-                space.certificate(
-                    encoded,
-                    selection.reshape(-1, space.num_classes)[output].tolist(),
-                    estimation.reshape(-1, space.num_classes)[output].tolist(),
-                    config,
-                    index=position,
-                    output=output if space.outputs else None,
-                )
-            )
-    report = CertificationReport(certificates=tuple(certificates), config=config, facts=facts)
+    report = CertificationReport(certificates=_certificates(space, items, votes, config), config=config, facts=facts)
     report.run_info.update(run_info(time.perf_counter() - begun, len(items) * (n0 + n), processes.count))
     return report
+
+
+def _examined(space: Space, items: Sequence[Any], sigma: float) -> tuple[set[tuple[int, ...]], list[str]]:
+    """Return the shapes and digests of all inputs: a bad one must not cost the draws of the others."""
+    shapes, digests = set(), []
+    for position in range(len(items)):
+        encoded = space.encode(items[position], position)
+        check_input(encoded.x, sigma)
+        shapes.add(tuple(encoded.x.shape))
+        digests.append(encoded.digest())
+    return shapes, digests
+
+
+def _certificates(
+    space: Space, items: Sequence[Any], votes: Mapping[int, tuple[Votes, Votes]], config: CertifyConfig
+) -> tuple[Certificate, ...]:
+    """Return what the votes of all inputs prove, input by input and answer by answer."""
+    found = []
+    for position in range(len(items)):
+        encoded = space.encode(items[position], position)
+        selection, estimation = (sample.reshape(-1, space.num_classes).tolist() for sample in votes[position])
+        for output in range(len(estimation)):
+            place = output if space.outputs else None
+            found.append(
+                space.certificate(encoded, selection[output], estimation[output], config, index=position, output=place)
+            )
+    return tuple(found)
 
 
 def _seed(seed: int | None, resume: str | os.PathLike[str] | None, processes: Processes) -> int:

@@ -139,7 +139,7 @@ def test_certificates_must_have_the_settings_of_their_report(change):
 
 def test_certificates_must_be_complete_and_in_order():
     report = make_report()
-    with pytest.raises(VerificationError, match="must be about input and answer \(0, None\), got \(1, None\)"):
+    with pytest.raises(VerificationError, match=r"must be about input and answer \(0, None\), got \(1, None\)"):
         dataclasses.replace(report, certificates=report.certificates[1:]).verify()
     with pytest.raises(VerificationError, match="at least one certificate"):
         dataclasses.replace(report, certificates=()).verify()
