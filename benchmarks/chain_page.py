@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Any
 
 from benchmarks.registry import Row
-from benchmarks.table import cell, markdown, missed
+from benchmarks.table import cell, markdown, verdict
 
 CAPTIONS = {
     "time": """### Time over sdpa
@@ -49,10 +49,7 @@ holds `U` for every query head: with grouped heads it is larger.""",
 
 def chain_tables(rows: list[Row]) -> list[str]:
     """Return the blocks of the section: the verdict on all targets, and captions and tables of all parts."""
-    judged = [row for row in rows if row.get("verdict", "-") != "-"]
-    phrases = missed(judged)
-    verdict = f"{len(judged) - len(phrases)} of {len(judged)} targets are met."
-    blocks = [f"{verdict} Missed: {'; '.join(phrases)}." if phrases else verdict]
+    blocks = [verdict(rows)]
     for part, group in groupby(rows, key=lambda row: row["part"]):
         members = [{name: value for name, value in row.items() if name != "part"} for row in group]
         blocks.append(CAPTIONS[part])

@@ -55,3 +55,11 @@ def missed(rows: Iterable[Row]) -> list[str]:
             )
             phrases.append(f"{where} ({row['target']})")
     return phrases
+
+
+def verdict(rows: Iterable[Row]) -> str:
+    """Return one sentence or two: how many targets are met, and which are missed."""
+    judged = [row for row in rows if row.get("verdict", "-") != "-"]
+    phrases = missed(judged)
+    text = f"{len(judged) - len(phrases)} of {len(judged)} targets are met."
+    return f"{text} Missed: {'; '.join(phrases)}." if phrases else text

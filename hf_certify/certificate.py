@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_certify.bounds import probability_bounds
 from hf_certify.config import CertifyConfig, IntervalName, MarginName, MarginOption
@@ -18,6 +19,7 @@ _RELATIVE_TOLERANCE = 1e-9
 # the type of each stored value, exactly: a bool is no int, and 1000.0 is no number of draws
 _STORED: dict[str, tuple[type, ...]] = {
     "index": (int,),
+    "output": (int, type(None)),
     "source": (str, type(None)),
     "label": (int, type(None)),
     "radius": (float,),
@@ -43,6 +45,7 @@ class Certificate:
 
     Attributes:
         index: Which input of the run, ``>= 0``; part of the key of its noise.
+        output: Which of several answers to the input, such as a label among others, or ``None`` if there is one.
         source: Where the input came from, such as a path, or ``None``.
         label: The certified class in ``[0, K)``, or ``None`` for an abstention.
         radius: l2, ``>= 0``, in the units in which the noise was added; 0 for an abstention.
@@ -59,6 +62,7 @@ class Certificate:
     """
 
     index: int
+    output: int | None
     source: str | None
     label: int | None
     radius: float
@@ -84,6 +88,7 @@ class Certificate:
         interval: IntervalName = "max_upper",
         margin: MarginOption = "auto",
         index: int = 0,
+        output: int | None = None,
         source: str | None = None,
     ) -> Self:
         """Return the certificate that two independent samples of votes give.
@@ -96,6 +101,7 @@ class Certificate:
             interval: Rule, see ``CertifyConfig``; must have been chosen before the counts were seen.
             margin: ``auto``, ``mono`` or ``multi``; likewise.
             index: Which input of the run.
+            output: Which of several answers to it.
             source: Where the input came from.
 
         Raises:
@@ -107,13 +113,14 @@ class Certificate:
             (0, True)
         """
         resolved = CertifyConfig(sigma=sigma, alpha=alpha, interval=interval, margin=margin).resolved_margin
-        first, second = _as_votes(selection), _as_votes(estimation)
+        first, second = as_votes(selection), as_votes(estimation)
         if len(first) != len(second):
             raise ValueError(f"Both samples must count the same classes, got {len(first)} and {len(second)} of them.")
         lower, upper = probability_bounds(first, second, alpha=alpha, interval=interval, margin=resolved)
         radius = mono_radius(sigma, lower) if resolved == "mono" else multi_radius(sigma, lower, upper)
         return cls(
             index=index,
+            output=output,
             source=source,
             label=int(rank_classes(first)[0]) if radius > 0 else None,
             radius=radius,
@@ -148,6 +155,7 @@ class Certificate:
             interval=interval,
             margin=margin,
             index=self.index,
+            output=self.output,
             source=self.source,
         )
 
@@ -197,7 +205,7 @@ class Certificate:
         return cls(**{**values, **votes})
 
 
-def _as_votes(counts: Sequence[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def as_votes(counts: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     """Return votes `[K]` as int64, after checking that they are votes."""
     votes = np.asarray(counts)
     if votes.ndim != 1 or len(votes) < 2 or votes.dtype.kind not in "iu" or votes.min() < 0 or votes.sum() < 1:

@@ -1,29 +1,20 @@
 """The command line: ``hf-certify run`` certifies images, ``hf-certify report`` checks the result and prints it."""
 
-import contextlib
 import importlib.metadata
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, cast
 
 import typer
 from typer.models import OptionInfo
 
-from hf_certify.certify import certify_pipeline
+from hf_certify.commands import votes
+from hf_certify.commands.common import errors_as_messages, image_files, to_int
+from hf_certify.commands.runs import RunArguments, resume, start_run
 from hf_certify.config import CertifyConfig, IntervalName, MarginOption
-from hf_certify.errors import CertifyError, UnsupportedModelError
 from hf_certify.noise import require_resolution
 from hf_certify.provenance import DISTRIBUTION
 from hf_certify.radius import format_down
 from hf_certify.report import CertificationReport
-from hf_certify.storage import REPORT_FILE, prepare_folder
-
-if TYPE_CHECKING:
-    from transformers import ImageClassificationPipeline
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
-_NO_CLASSIFIER = "MODEL must be an image classifier saved with its processor (Trainer(processing_class=processor))"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -74,7 +65,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Certify images, write a report folder, and print its summary."""
-    with _errors_as_messages():
+    with errors_as_messages():
         settings = CertifyConfig(
             sigma=sigma,
             n0=n0,
@@ -82,19 +73,20 @@ def run(
             alpha=alpha,
             interval=cast(IntervalName, interval),
             margin=cast(MarginOption, margin),
-            batch_size="auto" if batch_size == "auto" else _to_int("batch-size", batch_size),
+            batch_size="auto" if batch_size == "auto" else to_int("batch-size", batch_size),
             # as text: 128 bits are more than a number on the command line may have
-            seed=None if seed is None else _to_int("seed", seed),
+            seed=None if seed is None else to_int("seed", seed),
         )
         require_resolution(settings.sigma, 1.0)
-        paths = _image_files(images)
-        # before the work, so that a report without a place to go costs nothing
-        with _folder_for(output, overwrite):
-            pipe = _load_pipeline(model, quiet=quiet)
-            report = certify_pipeline(pipe, paths, **settings.to_dict(), progress=not quiet)
-            # a stray file that came in meanwhile must not cost the run; a report must
-            report.save(output, overwrite=overwrite or not (output / REPORT_FILE).exists())
-    typer.echo(report.summary())
+        arguments = RunArguments(
+            model=model,
+            images=tuple(str(file) for file in image_files(images)),
+            directory=str(Path.cwd()),
+            settings=settings.to_dict(),
+        )
+        finished = start_run(output, arguments, overwrite=overwrite, quiet=quiet)
+    if finished is not None:
+        typer.echo(finished.summary())
 
 
 @app.command()
@@ -102,7 +94,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Folder written by hf-certify run.")],
 ) -> None:
     """Recompute every certificate from its votes, then print the table; fails if one does not follow."""
-    with _errors_as_messages():
+    with errors_as_messages():
         loaded = CertificationReport.load(folder)
         loaded.verify()
     for line in _table(loaded):
@@ -111,87 +103,8 @@ def report(
     typer.echo(loaded.summary())
 
 
-@contextlib.contextmanager
-def _errors_as_messages() -> Iterator[None]:
-    """Print the sentence of a user's mistake instead of a traceback, and exit with status 2."""
-    try:
-        yield
-    except (CertifyError, ValueError, TypeError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
-
-
-@contextlib.contextmanager
-def _folder_for(output: Path, overwrite: bool) -> Iterator[None]:
-    """Prepare the report folder, and remove what was created for it, unless the work inside gets done."""
-    created = [folder for folder in (output, *output.parents) if not folder.exists()]
-    try:
-        prepare_folder(output, overwrite=overwrite)
-        yield
-    except BaseException:
-        for folder in created:
-            # only an empty folder can be removed
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-def _to_int(name: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"--{name} must be an int, got {text!r}.") from None
-
-
-def _image_files(paths: list[Path]) -> list[Path]:
-    """Return the given files, and the image files of given folders sorted by name.
-
-    Raises:
-        ValueError: If a path does not exist, or a folder holds no image file.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"IMAGES must be files or folders that exist, got {str(path)!r}.")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        if not found:
-            raise ValueError(
-                f"An image folder must hold files with one of {sorted(IMAGE_SUFFIXES)}, got {str(path)!r}."
-            )
-        files.extend(found)
-    return files
-
-
-def _load_pipeline(model: str, *, quiet: bool) -> "ImageClassificationPipeline":
-    """Return the image-classification pipeline of a folder or hub id, its processor on the ``pil`` backend.
-
-    Raises:
-        UnsupportedModelError: If there is no image classifier with its image processor, or weights are missing.
-    """
-    # here, so that --help and the report command do not wait for it
-    from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    if quiet:
-        logging.disable_progress_bar()
-    try:
-        processor = AutoImageProcessor.from_pretrained(model, backend="pil")
-        classifier, loading = AutoModelForImageClassification.from_pretrained(model, output_loading_info=True)
-        pipe = pipeline("image-classification", model=classifier, image_processor=processor)
-    # a damaged file may raise anything
-    except Exception as error:
-        raise UnsupportedModelError(f"{_NO_CLASSIFIER}, got {model!r}: {error}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    # transformers would go on with random weights in their place
-    if missing := sorted(loading["missing_keys"]):
-        raise UnsupportedModelError(f"{_NO_CLASSIFIER}, got {model!r} without the weights {missing!r}.")
-    return pipe
+for _command in (resume, votes.replay, votes.attack):
+    app.command()(_command)
 
 
 def _table(loaded: CertificationReport) -> list[str]:

@@ -75,15 +75,15 @@ class CertifyConfig:
 
     def __post_init__(self) -> None:
         _check_sigma(self.sigma)
-        _check_draws("n0", self.n0)
-        _check_draws("n", self.n)
+        check_draws("n0", self.n0)
+        check_draws("n", self.n)
         check_alpha(self.alpha)
         _check_choice("interval", self.interval, get_args(IntervalName))
         _check_choice("margin", self.margin, get_args(MarginOption))
         if self.batch_size != "auto":
-            _check_draws("batch_size", self.batch_size, remedy=" or 'auto'")
+            check_draws("batch_size", self.batch_size, remedy=" or 'auto'")
         if self.seed is not None:
-            _check_seed(self.seed)
+            check_seed(self.seed)
 
     @property
     def resolved_margin(self) -> MarginName:
@@ -149,7 +149,7 @@ def check_alpha(alpha: float, least: float = MIN_ALPHA) -> None:
         )
 
 
-def _check_draws(name: str, value: int, remedy: str = "") -> None:
+def check_draws(name: str, value: int, remedy: str = "") -> None:
     """Raise unless ``value`` is an int ``>= 1``; ``name`` and ``remedy`` go into the sentence."""
     if not _is_int(value):
         raise TypeError(f"{name} must be an int >= 1{remedy}, got {value!r} of type {type(value).__name__}.")
@@ -171,7 +171,7 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
-def _check_seed(seed: int) -> None:
+def check_seed(seed: int) -> None:
     """Raise unless ``seed`` is an int in ``[0, 2**128)``."""
     if not _is_int(seed):
         raise TypeError(f"seed must be an int in [0, 2**128) or None, got {seed!r} of type {type(seed).__name__}.")

@@ -27,3 +27,7 @@ class VerificationError(CertifyError):
 
 class ReportFolderError(CertifyError):
     """A report folder cannot be written, would be overwritten, or holds no readable report."""
+
+
+class JournalError(CertifyError):
+    """The votes on disk are damaged, belong to another run, or are being written by another process."""

@@ -32,6 +32,7 @@ class Stage(enum.IntEnum):
     SELECTION = 0
     ESTIMATION = 1
     PREDICTION = 2
+    ATTACK = 3
 
 
 def require_resolution(sigma: float, largest: float) -> None:
@@ -56,17 +57,21 @@ def fresh_seed() -> int:
     return secrets.randbelow(MAX_SEED)
 
 
-def draw_noise(shape: tuple[int, ...], n: int, *, seed: int, index: int, stage: Stage) -> Iterator[Tensor]:
-    """Yield standard normal noise for draws ``0 .. n - 1`` in order, at most 64 at a time.
+def draw_noise(
+    shape: tuple[int, ...], n: int, *, seed: int, index: int, stage: Stage, start: int = 0
+) -> Iterator[Tensor]:
+    """Yield standard normal noise for draws ``start .. n - 1`` in order, at most 64 at a time.
 
-    The first draws are the same whatever ``n`` is. All chunks share one buffer: use one before asking for the next.
+    A draw is the same whatever ``n`` and ``start`` are. All chunks share one buffer: use one before asking for the
+    next.
 
     Args:
         shape: `[*shape]` of one input, at least one element.
-        n: Draws, ``>= 1``.
+        n: Number after the last draw, ``>= 1``.
         seed: Root of all noise, in ``[0, 2**128)``.
         index: Which input, ``>= 0``.
         stage: Which sample of that input.
+        start: First draw, ``>= 0``. Those before it in its block of 4,096 are made and thrown away.
 
     Yields:
         `[draws, *shape]` float32 on the CPU, ``1 <= draws <= 64``. The buffer is overwritten by the next chunk.
@@ -78,13 +83,14 @@ def draw_noise(shape: tuple[int, ...], n: int, *, seed: int, index: int, stage: 
     """
     chunk = torch.empty((CHUNK_DRAWS, *shape))
     generator = torch.Generator()
-    for start in range(0, n, CHUNK_DRAWS):
-        block, offset = divmod(start, BLOCK_DRAWS)
+    for first in range(start // BLOCK_DRAWS * BLOCK_DRAWS, n, CHUNK_DRAWS):
+        block, offset = divmod(first, BLOCK_DRAWS)
         if offset == 0:
             _install_substream(generator, (NOISE_SCHEMA, index, stage, block), seed)
         # always the whole chunk: normal_ has no prefix property, so a shorter tensor would hold other noise
         chunk.normal_(generator=generator)
-        yield chunk[: min(CHUNK_DRAWS, n - start)]
+        if first + CHUNK_DRAWS > start:
+            yield chunk[max(0, start - first) : min(CHUNK_DRAWS, n - first)]
 
 
 def _install_substream(generator: torch.Generator, key: tuple[int, ...], seed: int) -> None:

@@ -1,31 +1,49 @@
 """What was certified, where and with which versions: the plain values that a report records besides its votes."""
 
+import datetime
 import hashlib
 import importlib.metadata
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_certify.noise import NOISE_SCHEMA
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 DISTRIBUTION = "hf-chain-highway-certify"
 
 _DISTRIBUTIONS = (DISTRIBUTION, "torch", "transformers", "numpy", "scipy", "pillow")
 
 
-def model_facts(model: "PreTrainedModel") -> dict[str, Any]:
-    """Return what identifies the model: class, name, labels, dtype, and a SHA-256 of the weights."""
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """Return what identifies the model: class, dtype, a SHA-256 of the weights, and what its config says, if any.
+
+    Args:
+        model: A transformers model, any module, or one around a transformers model that it holds as ``model``.
+    """
+    named = model if hasattr(model, "config") else getattr(model, "model", model)
+    config = getattr(named, "config", None)
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in named.parameters()}
+    facts: dict[str, Any] = {
+        "model": type(named).__name__,
+        "dtype": " and ".join(sorted(dtypes)) or "float32",
+        "weights_sha256": _weights_hash(named),
+    }
+    if config is not None:
+        facts["model_name"] = str(getattr(config, "_name_or_path", ""))
+        facts["labels"] = {str(index): str(name) for index, name in config.id2label.items()}
+    return facts
+
+
+def run_info(seconds: float, draws: int, processes: int) -> dict[str, Any]:
+    """Return what says how fast a run was, which is no part of its report."""
     return {
-        "model": type(model).__name__,
-        "model_name": str(model.config._name_or_path),
-        "labels": {str(index): str(name) for index, name in model.config.id2label.items()},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights_sha256": _weights_hash(model),
+        "seconds": round(seconds, 3),
+        "draws": draws,
+        "processes": processes,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
     }
 
 
@@ -48,7 +66,7 @@ def _weights_hash(model: nn.Module) -> str:
 def machine_facts(device: torch.device) -> dict[str, Any]:
     """Return what votes on a decision boundary may depend on through floating-point rounding."""
     return {
-        "device": str(device),
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),

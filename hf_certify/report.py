@@ -12,10 +12,10 @@ from hf_certify.certificate import Certificate
 from hf_certify.config import CertifyConfig, IntervalName, MarginOption
 from hf_certify.errors import ReportFolderError, VerificationError
 from hf_certify.radius import format_down, format_failure
-from hf_certify.storage import prepare_folder, read_report, write_report
+from hf_certify.storage import RUN_INFO_FILE, encode_report, prepare_folder, read_report, replace_file, write_report
 
 # raise it whenever the meaning of a stored key changes
-REPORT_SCHEMA = 2
+REPORT_SCHEMA = 3
 
 DEFAULT_RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -34,17 +34,25 @@ class CertificationReport:
         facts: What was certified, where and with which versions: plain values.
         derived_from: The rule that the run was made with, if these bounds are a second look at its votes, else
             ``None``.
+        run_info: How long the run took; saved in a file of its own, and no part of the report.
     """
 
     certificates: tuple[Certificate, ...]
     config: CertifyConfig
     facts: dict[str, Any]
     derived_from: IntervalName | None = None
+    run_info: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def seed(self) -> int | None:
         """Root of all noise, in ``[0, 2**128)``; always known in a report of ``certify_pipeline``."""
         return self.config.seed
+
+    @property
+    def outputs(self) -> int | None:
+        """Number of answers to an input, ``None`` if there is one that no number names."""
+        last = self.certificates[-1].output if self.certificates else None
+        return None if last is None else last + 1
 
     @property
     def abstentions(self) -> int:
@@ -124,6 +132,7 @@ class CertificationReport:
         """
         if not self.certificates:
             raise VerificationError("A report must hold at least one certificate, got none.")
+        outputs = self.outputs
         for position, certificate in enumerate(self.certificates):
             certificate.verify()
             if len(certificate.estimation) != (classes := len(self.certificates[0].estimation)):
@@ -131,8 +140,12 @@ class CertificationReport:
                     f"Certificate {position} must have as many classes as the first, {classes}, got "
                     f"{len(certificate.estimation)}."
                 )
-            if certificate.index != position:
-                raise VerificationError(f"Certificate {position} must have this index, got {certificate.index!r}.")
+            place = (position, None) if outputs is None else divmod(position, outputs)
+            if (certificate.index, certificate.output) != place:
+                raise VerificationError(
+                    f"Certificate {position} must be about input and answer {place}, got "
+                    f"{(certificate.index, certificate.output)}."
+                )
             for name in _SETTINGS_OF_EACH:
                 own, declared = getattr(certificate, name), getattr(self.config, name)
                 if own != declared:
@@ -186,7 +199,10 @@ class CertificationReport:
             ReportFolderError: If the folder holds something and ``overwrite`` is false, it cannot be written to, or
                 ``facts`` hold something that JSON does not know.
         """
-        return write_report(prepare_folder(folder, overwrite=overwrite), self.to_dict())
+        path = write_report(prepare_folder(folder, overwrite=overwrite), self.to_dict())
+        if self.run_info:
+            replace_file(path.parent / RUN_INFO_FILE, encode_report(self.run_info))
+        return path
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, ready for JSON."""

@@ -1,5 +1,6 @@
 """The counting loop: noisy copies of one input through the model, one vote each."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_certify.errors import InvalidLogitsError, UnsupportedModelError
+from hf_certify.perturbation import Perturbation
 
 # "auto": rows by model size, as measured on CPUs, where a batch that fits the cache wins; at most 64 MiB
 _ROWS_BY_PARAMETERS = ((1_000_000, 256), (10_000_000, 128))
@@ -56,76 +58,83 @@ def require_eval_mode(model: nn.Module) -> None:
 
 def count_votes(
     model: nn.Module,
-    x: Tensor,
-    noise: Iterable[Tensor],
+    perturbation: Perturbation,
+    drawn: Iterable[Tensor],
     *,
-    sigma: float,
     num_classes: int,
     batch_size: int,
-    on_draws: Callable[[int], object] | None = None,
+    outputs: tuple[int, ...] = (),
+    on_batch: Callable[[int, Tensor], object] | None = None,
 ) -> NDArray[np.int64]:
-    """Return how often the model predicts each class on ``x + sigma * noise``.
+    """Return how often the model predicts each class on perturbed copies of one input.
 
-    The model always sees ``batch_size`` rows: the last batch is padded with ``x``, whose votes are not counted. Votes
-    are then bit-identical however the noise is cut into chunks, on the same machine and number of threads.
+    The model always sees ``batch_size`` rows: the last batch is padded with the input, whose votes are not counted.
+    Votes are then bit-identical however the draws are cut into chunks, on the same machine and number of threads.
 
     Args:
-        model: Maps `[batch_size, *shape]` to logits `[batch_size, K]`, each row by itself, in evaluation mode.
-        x: `[*shape]` float32, on the device of the model.
-        noise: Chunks `[draws, *shape]` float32 of standard normal draws; not modified.
-        sigma: Standard deviation of the noise, ``> 0``, in the units of ``x``.
+        model: Maps `[batch_size, *shape]` to logits `[batch_size, *outputs, K]`, each row by itself, in evaluation
+            mode.
+        perturbation: Makes the copies; its ``base`` is on the device of the model.
+        drawn: What it makes them of, in chunks `[draws, ...]`; not modified.
         num_classes: K, ``>= 2``.
         batch_size: Rows of every forward pass, ``>= 1``.
-        on_draws: Called with the number of draws that a finished forward pass counted.
+        outputs: Nothing for one answer to an input, else the number of answers, such as labels that do not exclude
+            one another.
+        on_batch: Called after each forward pass with the number of draws in it, and the votes so far
+            `[*outputs, K]`, on the device; they change with the next pass.
 
     Returns:
-        `[K]` int64 votes; they sum to the number of draws.
+        `[*outputs, K]` int64 votes; they sum to the number of draws for each answer.
 
     Raises:
-        UnsupportedModelError: If a module is in training mode, or the output is not `[batch_size, K]`.
+        UnsupportedModelError: If a module is in training mode, or the logits have another shape.
         InvalidLogitsError: If a logit is NaN or infinite.
 
     Example:
-        >>> model = nn.Linear(2, 3).eval()
-        >>> counts = count_votes(model, torch.zeros(2), [torch.randn(10, 2)], sigma=1.0, num_classes=3, batch_size=4)
+        >>> from hf_certify.perturbation import GaussianNoise
+        >>> model, noise = nn.Linear(2, 3).eval(), GaussianNoise(torch.zeros(2), sigma=1.0)
+        >>> counts = count_votes(model, noise, [torch.randn(10, 2)], num_classes=3, batch_size=4)
         >>> int(counts.sum())
         10
     """
     require_eval_mode(model)
-    batch = torch.empty((batch_size, *x.shape), device=x.device)
-    counts = torch.zeros(num_classes, dtype=torch.int64, device=x.device)
+    base = perturbation.base
+    batch = base.new_empty((batch_size, *base.shape))
+    counts = torch.zeros((math.prod(outputs), num_classes), dtype=torch.int64, device=base.device)
+    # the place of each answer in the flat counts
+    offsets = torch.arange(len(counts), device=base.device) * num_classes
     filled = 0
 
     def forward() -> None:
-        batch[filled:] = x
-        votes = _predict(model, batch, num_classes)[:filled]
-        counts.add_(torch.bincount(votes, minlength=num_classes))
-        if on_draws is not None:
-            on_draws(filled)
+        batch[filled:] = base
+        logits = checked_logits(model(batch), (batch_size, *outputs, num_classes))[:filled]
+        votes = logits.argmax(dim=-1).reshape(filled, len(counts)) + offsets
+        counts.view(-1).add_(torch.bincount(votes.reshape(-1), minlength=counts.numel()))
+        if on_batch is not None:
+            on_batch(filled, counts.view(*outputs, num_classes))
 
     with torch.inference_mode():
-        for cpu_chunk in noise:
-            chunk = cpu_chunk.to(x.device)
+        for cpu_chunk in drawn:
+            chunk = cpu_chunk.to(base.device)
             used = 0
             while used < len(chunk):
                 rows = min(batch_size - filled, len(chunk) - used)
-                torch.add(x, chunk[used : used + rows], alpha=sigma, out=batch[filled : filled + rows])
+                perturbation.write(chunk[used : used + rows], batch[filled : filled + rows])
                 filled, used = filled + rows, used + rows
                 if filled == batch_size:
                     forward()
                     filled = 0
         if filled:
             forward()
-    return counts.cpu().numpy()
+    return counts.view(*outputs, num_classes).cpu().numpy()
 
 
-def _predict(model: nn.Module, batch: Tensor, num_classes: int) -> Tensor:
-    """Return the predicted classes `[B]` of a batch `[B, *shape]`, after checking the logits."""
-    logits = model(batch)
-    if not isinstance(logits, Tensor) or logits.shape != (len(batch), num_classes):
+def checked_logits(logits: object, shape: tuple[int, ...]) -> Tensor:
+    """Return logits, after checking that they are finite and have this shape."""
+    if not isinstance(logits, Tensor) or logits.shape != shape:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UnsupportedModelError(
-            f"The model must return logits of shape {[len(batch), num_classes]}, got {got!r}: set num_classes to what "
+            f"The model must return logits of shape {list(shape)}, got {got!r}: set num_classes to what "
             f"the model returns, or wrap the model so that it returns the logits alone."
         )
     if not bool(torch.isfinite(logits).all()):
@@ -133,4 +142,4 @@ def _predict(model: nn.Module, batch: Tensor, num_classes: int) -> Tensor:
             "Logits must be finite on every noisy input, got NaN or infinity: a NaN cannot be a vote. Use a model "
             "that is stable at this sigma, or a wider dtype."
         )
-    return logits.argmax(dim=-1)
+    return logits

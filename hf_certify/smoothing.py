@@ -1,7 +1,8 @@
 """The smoothed classifier: what the certificates are about."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -10,11 +11,13 @@ from scipy import special
 from torch import Tensor, nn
 
 from hf_certify.bounds import require_certifiable
-from hf_certify.certificate import Certificate
-from hf_certify.config import BatchSize, CertifyConfig, IntervalName, MarginOption, check_index
+from hf_certify.certificate import Certificate, as_votes
+from hf_certify.config import BatchSize, CertifyConfig, IntervalName, MarginOption, check_alpha, check_index
 from hf_certify.errors import InvalidLogitsError, UnsupportedModelError
-from hf_certify.noise import Stage, draw_noise, fresh_seed, require_resolution
+from hf_certify.logits import LogitsModel
+from hf_certify.noise import Stage, fresh_seed, require_resolution
 from hf_certify.partition import rank_classes
+from hf_certify.perturbation import GaussianNoise
 from hf_certify.sampling import count_votes, default_batch_size, require_eval_mode
 
 Progress = Callable[[int], object]
@@ -40,6 +43,30 @@ class Prediction:
     counts: tuple[int, ...]
     alpha: float
 
+    @classmethod
+    def from_counts(cls, counts: Sequence[int] | NDArray[np.int64], *, alpha: float) -> Self:
+        """Return what votes predict: the two leading classes are compared by a two-sided binomial test at ``alpha``.
+
+        Args:
+            counts: `[K]` votes, ``K >= 2``, at least one vote.
+            alpha: Failure probability, in ``(0, 1)``.
+
+        Raises:
+            ValueError: If ``alpha`` is out of range, or ``counts`` are not votes.
+
+        Example:
+            >>> Prediction.from_counts([60, 40, 0], alpha=0.05).label is None
+            True
+            >>> Prediction.from_counts([61, 39, 0], alpha=0.05).label
+            0
+        """
+        check_alpha(alpha)
+        votes = as_votes(counts)
+        first, second = rank_classes(votes)[:2]
+        p_value = _two_sided_p_value(int(votes[first]), int(votes[second]))
+        label = int(first) if p_value <= alpha else None
+        return cls(label=label, p_value=p_value, counts=tuple(votes.tolist()), alpha=alpha)
+
 
 class SmoothedClassifier:
     """The classifier ``g(x) = argmax over k of P(model(x + sigma * noise) = k)``, noise standard normal.
@@ -48,10 +75,12 @@ class SmoothedClassifier:
     nothing about ``model`` itself. Draws are made on the CPU and moved to the device of the input.
 
     Args:
-        model: Maps `[B, *shape]` float32 to logits `[B, K]`, each row by itself. Not modified.
+        model: Maps `[B, *shape]` float32 to logits `[B, K]` or to an object with such ``logits``, each row by itself.
+            A transformers model gets ``x`` as its main input, such as ``pixel_values``, in its own dtype; a text model
+            as ``inputs_embeds``. Not modified.
         sigma: Standard deviation of the noise, in the units of ``x``, at least ``2**-12 * max(1, max |x|)``: float32
             would round less noise away.
-        num_classes: K, ``>= 2``.
+        num_classes: K, ``>= 2``. ``None`` takes the ``num_labels`` of the model's config.
         batch_size: Rows of every forward pass, ``>= 1``, or ``auto``.
         seed: Root of all noise, in ``[0, 2**128)``; ``None`` draws 128 bits from the operating system. Must be chosen
             independently of model and inputs: the best of several seeds is not a certificate.
@@ -75,15 +104,18 @@ class SmoothedClassifier:
         model: nn.Module,
         *,
         sigma: float,
-        num_classes: int,
+        num_classes: int | None = None,
         batch_size: BatchSize = "auto",
         seed: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}.")
+        if num_classes is None:
+            num_classes = getattr(getattr(model, "config", None), "num_labels", None)
         if not isinstance(num_classes, int):
             raise TypeError(
-                f"num_classes must be an int >= 2, got {num_classes!r} of type {type(num_classes).__name__}."
+                f"num_classes must be an int >= 2, got {num_classes!r} of type {type(num_classes).__name__}; only a "
+                f"model whose config has num_labels can go without."
             )
         if num_classes < 2:
             raise UnsupportedModelError(
@@ -92,6 +124,7 @@ class SmoothedClassifier:
             )
         require_eval_mode(model)
         self.model = model
+        self._logits = LogitsModel(model)
         self.num_classes = num_classes
         settings = CertifyConfig(sigma=sigma, batch_size=batch_size, seed=seed)
         self.sigma = settings.sigma
@@ -135,7 +168,7 @@ class SmoothedClassifier:
             UnsupportedModelError: If a module is in training mode, or the output is not `[B, K]`.
             InvalidLogitsError: If a logit is NaN or infinite.
         """
-        _check_input(x, self.sigma)
+        check_input(x, self.sigma)
         config = CertifyConfig(sigma=self.sigma, n0=n0, n=n, alpha=alpha, interval=interval, margin=margin)
         require_certifiable(alpha, n, interval=interval, margin=config.resolved_margin, num_classes=self.num_classes)
         number = self._take_index(index)
@@ -171,18 +204,11 @@ class SmoothedClassifier:
             UnsupportedModelError: If a module is in training mode, or the output is not `[B, K]`.
             InvalidLogitsError: If a logit is NaN or infinite.
         """
-        _check_input(x, self.sigma)
+        check_input(x, self.sigma)
         CertifyConfig(sigma=self.sigma, n=n, alpha=alpha)
         rows = default_batch_size(self.model, x.numel(), n) if self.batch_size == "auto" else self.batch_size
         counts = self._count(x, n, self._take_index(index), Stage.PREDICTION, rows, None)
-        first, second = rank_classes(counts)[:2]
-        p_value = _two_sided_p_value(int(counts[first]), int(counts[second]))
-        return Prediction(
-            label=int(first) if p_value <= alpha else None,
-            p_value=p_value,
-            counts=tuple(counts.tolist()),
-            alpha=alpha,
-        )
+        return Prediction.from_counts(counts, alpha=alpha)
 
     def _take_index(self, index: int | None) -> int:
         """Return ``index``, or the next number that was not used yet."""
@@ -196,16 +222,17 @@ class SmoothedClassifier:
         self, x: Tensor, n: int, index: int, stage: Stage, rows: int, on_draws: Progress | None
     ) -> NDArray[np.int64]:
         """Return the votes `[K]` of one sample."""
-        noise = draw_noise(tuple(x.shape), n, seed=self.seed, index=index, stage=stage)
+        noise = GaussianNoise(x, self.sigma)
+        # here, where the names of modules are those that the user knows
+        require_eval_mode(self.model)
         try:
             return count_votes(
-                self.model,
-                x,
+                self._logits,
                 noise,
-                sigma=self.sigma,
+                noise.draw(n, seed=self.seed, index=index, stage=stage),
                 num_classes=self.num_classes,
                 batch_size=rows,
-                on_draws=on_draws,
+                on_batch=None if on_draws is None else lambda draws, _: on_draws(draws),
             )
         except InvalidLogitsError as error:
             raise InvalidLogitsError(f"Input {index}: {error}") from error
@@ -220,7 +247,7 @@ def _two_sided_p_value(leader: int, second: int) -> float:
     return min(1.0, 2 * tail * (1 + 1e-12))
 
 
-def _check_input(x: Tensor, sigma: float) -> None:
+def check_input(x: Tensor, sigma: float) -> None:
     """Raise unless ``x`` is a finite float32 tensor with at least one element to which the noise can be added."""
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__

@@ -9,7 +9,8 @@ from typing import Any
 
 from hf_certify.errors import ReportFolderError
 
-REPORT_FILE = "certification.json"
+REPORT_FILE = "report.json"
+RUN_INFO_FILE = "run_info.json"
 
 
 def prepare_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -65,12 +66,21 @@ def write_report(folder: Path, values: dict[str, Any]) -> Path:
     Raises:
         ReportFolderError: If a value is none that JSON knows, or writing fails.
     """
-    encoded = encode_report(values)
     target = folder / REPORT_FILE
-    temporary = folder / f".{REPORT_FILE}.{os.getpid()}"
+    replace_file(target, encode_report(values))
+    return target
+
+
+def replace_file(target: Path, content: bytes) -> None:
+    """Write a file completely or not at all.
+
+    Raises:
+        ReportFolderError: If writing fails.
+    """
+    temporary = target.parent / f".{target.name}.{os.getpid()}"
     try:
         with temporary.open("wb") as file:
-            file.write(encoded)
+            file.write(content)
             file.flush()
             # the rename must not reach the disk before the content does
             os.fsync(file.fileno())
@@ -82,7 +92,6 @@ def write_report(folder: Path, values: dict[str, Any]) -> Path:
         if isinstance(error, OSError):
             raise ReportFolderError(f"The report could not be written to {str(target)!r}: {error}.") from error
         raise
-    return target
 
 
 def read_report(folder: str | os.PathLike[str], schema: int) -> dict[str, Any]:

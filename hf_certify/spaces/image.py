@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_certify.errors import InputImageError, UnsupportedModelError, UnsupportedProcessorError
 from hf_certify.sampling import require_eval_mode
+from hf_certify.spaces.base import EncodedInput, Space
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, ImageClassificationPipeline
@@ -75,7 +76,7 @@ class RawPixelModel(nn.Module):
         return logits
 
 
-class ImageSpace:
+class ImageSpace(Space):
     """A pipeline taken apart: ``encode`` gives raw pixels, ``model`` the logits of raw pixels.
 
     Args:
@@ -89,6 +90,10 @@ class ImageSpace:
             it does more than rescale and normalise to an image that holds every 8-bit value.
     """
 
+    model: RawPixelModel
+    units = "raw pixels in [0, 1] at model resolution"
+    array_ndim = 3
+
     def __init__(self, pipe: "ImageClassificationPipeline") -> None:
         _require_image_classification(pipe)
         require_eval_mode(pipe.model)
@@ -97,10 +102,9 @@ class ImageSpace:
         self.channels: int | None = getattr(pipe.model.config, "num_channels", None)
         scale, shift = _affine_map(self.processor)
         self.model = RawPixelModel(pipe.model, scale.to(pipe.model.device), shift.to(pipe.model.device))
-        self.device = torch.device(pipe.model.device)
         self._check_processor(len(scale))
 
-    def encode(self, image: ImageInput, position: int) -> Tensor:
+    def encode(self, image: ImageInput, position: int) -> EncodedInput:
         """Return the raw pixels of one image, as the pipeline's processor resizes and crops it.
 
         Args:
@@ -110,7 +114,8 @@ class ImageSpace:
             position: Place among the inputs, for messages.
 
         Returns:
-            `[C, H, W]` float32 in ``[0, 1]`` on the device of the model: 8-bit values divided by 255.
+            ``x`` is `[C, H, W]` float32 in ``[0, 1]`` on the device of the model: 8-bit values divided by 255. The
+            source is the path, of an image that is given by one.
 
         Raises:
             TypeError: If ``image`` is of another kind.
@@ -125,7 +130,8 @@ class ImageSpace:
                 f"Input {position} must give {self.channels} channels for this model, got {bytes_.shape[0]}: convert "
                 f"the image, e.g. with image.convert('RGB')."
             )
-        return self._raw(bytes_, pixel_values, f"input {position}")
+        source = os.fsdecode(image) if isinstance(image, str | os.PathLike) else None
+        return EncodedInput(self._raw(bytes_, pixel_values, f"input {position}"), self.model, source=source)
 
     def _check_processor(self, mean_values: int) -> None:
         """Push an image that holds every 8-bit value in every channel through the processor."""
@@ -169,8 +175,7 @@ class ImageSpace:
     def facts(self) -> dict[str, Any]:
         """Return what identifies the processing, as plain values."""
         return {
-            "space": "raw pixels in [0, 1] at model resolution",
-            "norm": "l2",
+            **super().facts(),
             "processor": type(self.processor).__name__,
             "processor_backend": self.processor.backend,
             "processor_config": json.loads(self.processor.to_json_string()),
@@ -193,13 +198,6 @@ class ImageSpace:
 
 
 def _require_image_classification(pipe: "ImageClassificationPipeline") -> None:
-    if not (hasattr(pipe, "task") and hasattr(pipe, "model")):
-        raise TypeError(
-            f"pipe must be a transformers pipeline, got {type(pipe).__name__}: build one with "
-            f"pipeline('image-classification', model=..., image_processor=...)."
-        )
-    if pipe.task != "image-classification":
-        raise UnsupportedModelError(f"The task of the pipeline must be 'image-classification', got {pipe.task!r}.")
     config = pipe.model.config
     if getattr(config, "return_dict", True) is False:
         raise UnsupportedModelError(

@@ -9,7 +9,8 @@ from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
 from hf_certify import CertificationReport, certify_pipeline
-from hf_certify.cli import _image_files, app
+from hf_certify.cli import app
+from hf_certify.commands.common import image_files
 from hf_certify.storage import REPORT_FILE, write_report
 
 
@@ -93,7 +94,7 @@ def test_an_occupied_output_folder_is_refused_before_the_model_is_loaded(image_f
 def test_a_folder_without_images_and_a_folder_without_report_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "must hold files with one of" in run(tmp_path / "never-loaded", tmp_path / "empty", tmp_path / "out").stderr
-    assert "must hold a readable certification.json" in invoke("report", tmp_path / "empty").stderr
+    assert "must hold a readable report.json" in invoke("report", tmp_path / "empty").stderr
 
 
 def test_a_folder_that_is_not_a_model_is_refused(image_folder, tmp_path):
@@ -128,7 +129,7 @@ def test_an_interrupted_run_leaves_no_folder_of_its_own_and_keeps_that_of_the_us
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_certify.cli.certify_pipeline", interrupt)
+    monkeypatch.setattr("hf_certify.commands.runs.certify_pipeline", interrupt)
     (tmp_path / "mine").mkdir()
     for name in ("new", "mine"):
         assert run(model_folder, image_folder, tmp_path / name, "--quiet").exit_code != 0
@@ -141,7 +142,7 @@ def test_a_stray_file_that_comes_in_during_the_run_does_not_cost_it(model_folder
         (tmp_path / "out" / ".DS_Store").write_text("")
         return certify_pipeline(*arguments, **settings)
 
-    monkeypatch.setattr("hf_certify.cli.certify_pipeline", certify_with_company)
+    monkeypatch.setattr("hf_certify.commands.runs.certify_pipeline", certify_with_company)
     assert run(model_folder, image_folder, tmp_path / "out", "--quiet").exit_code == 0
     CertificationReport.load(tmp_path / "out").verify()
 
@@ -154,7 +155,7 @@ def test_images_that_do_not_exist_are_refused_before_the_model_is_loaded(tmp_pat
 
 def test_a_folder_named_like_an_image_is_left_out(image_folder):
     (image_folder / "x.png").mkdir()
-    assert [file.name for file in _image_files([image_folder])] == ["0.png", "1.png", "2.png", "3.png"]
+    assert [file.name for file in image_files([image_folder])] == ["0.png", "1.png", "2.png", "3.png"]
 
 
 def test_version_is_that_of_the_distribution():

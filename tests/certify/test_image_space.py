@@ -18,6 +18,7 @@ from hf_certify import (
     UnsupportedProcessorError,
 )
 from hf_certify.noise import Stage, draw_noise
+from hf_certify.spaces import space_of
 from hf_certify.spaces.image import ImageSpace, _probe
 from tests.certify.conftest import make_vit_pipeline
 
@@ -78,7 +79,7 @@ def test_encode_and_normalize_reproduce_the_pixel_values_of_the_pipeline(name, i
     pipe = make_vit_pipeline(**PROCESSORS[name])
     space = ImageSpace(pipe)
     for position, image in enumerate(images):
-        raw = space.encode(image, position)
+        raw = space.encode(image, position).x
         assert raw.dtype == torch.float32
         assert raw.shape == (3, 8, 8)
         assert 0 <= raw.min() <= raw.max() <= 1
@@ -95,7 +96,7 @@ def test_clean_logits_are_those_of_the_pipeline(name, images):
     space = ImageSpace(pipe)
     for position, image in enumerate(images):
         with torch.inference_mode():
-            logits = space.model(space.encode(image, position)[None])[0]
+            logits = space.model(space.encode(image, position).x[None])[0]
         scores = {item["label"]: item["score"] for item in pipe(image, function_to_apply="none")}
         expected = [scores[pipe.model.config.id2label[label]] for label in range(3)]
         np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-4, atol=1e-4)
@@ -107,7 +108,7 @@ def test_the_model_sees_the_image_plus_noise_of_sigma_in_raw_pixels(name, images
     pipe = linear_pipeline(PROCESSORS[name])
     space = ImageSpace(pipe)
     smoothed = SmoothedClassifier(space.model, sigma=0.25, num_classes=3, seed=9, batch_size=64)
-    smoothed.predict(space.encode(images[0], 0), n=64, index=0)
+    smoothed.predict(space.encode(images[0], 0).x, n=64, index=0)
     resized = np.asarray(images[0].resize((8, 8), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     (noise,) = draw_noise((3, 8, 8), 64, seed=9, index=0, stage=Stage.PREDICTION)
     expected = torch.from_numpy(resized / 255) + 0.25 * noise.double()
@@ -120,7 +121,7 @@ def test_certificates_do_not_depend_on_the_normalisation(images):
     for settings in PROCESSORS.values():
         space = ImageSpace(linear_pipeline(settings))
         smoothed = SmoothedClassifier(space.model, sigma=0.25, num_classes=3, seed=9)
-        certificates.add(smoothed.certify(space.encode(images[0], 0), n=2000))
+        certificates.add(smoothed.certify(space.encode(images[0], 0).x, n=2000))
     assert len(certificates) == 1
 
 
@@ -131,13 +132,13 @@ def test_a_gray_model_takes_arrays_files_and_any_pil_image(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "digit.png")
     gray = Image.fromarray(pixels)
     for image in (pixels, pixels[None], pixels[..., None], gray, gray.convert("RGB"), tmp_path / "digit.png"):
-        assert torch.equal(space.encode(image, 0), torch.from_numpy(pixels / np.float32(255))[None])
+        assert torch.equal(space.encode(image, 0).x, torch.from_numpy(pixels / np.float32(255))[None])
 
 
 def test_a_gray_image_is_replicated_for_a_model_of_colour():
     pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
     for image in (Image.fromarray(pixels), pixels):
-        raw = ImageSpace(linear_pipeline({})).encode(image, 0)
+        raw = ImageSpace(linear_pipeline({})).encode(image, 0).x
         assert torch.equal(raw, torch.from_numpy(pixels / np.float32(255)).expand(3, 8, 8))
 
 
@@ -235,21 +236,21 @@ def test_models_without_one_of_several_classes_are_refused(name, value, message,
 
 
 def test_other_pipelines_and_modes_are_refused(vit_pipeline):
-    with pytest.raises(TypeError, match="pipe must be a transformers pipeline, got Linear"):
-        ImageSpace(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="pipe must be a transformers pipeline or a Space, got Linear"):
+        space_of(torch.nn.Linear(2, 2))
     vit_pipeline.model.train()
     with pytest.raises(UnsupportedModelError, match="must be in evaluation mode"):
         ImageSpace(vit_pipeline)
-    vit_pipeline.task = "text-classification"
-    with pytest.raises(UnsupportedModelError, match="must be 'image-classification', got 'text-classification'"):
-        ImageSpace(vit_pipeline)
+    vit_pipeline.task = "text-generation"
+    with pytest.raises(UnsupportedModelError, match=r"must be one of .*'image-classification'.* write a Space for it"):
+        space_of(vit_pipeline)
 
 
 def test_a_half_precision_model_runs_in_its_own_dtype(images, vit_pipeline):
     vit_pipeline.model.to(torch.bfloat16)
     space = ImageSpace(vit_pipeline)
     with torch.inference_mode():
-        logits = space.model(space.encode(images[0], 0)[None])
+        logits = space.model(space.encode(images[0], 0).x[None])
     assert logits.dtype == torch.bfloat16
     assert logits.shape == (1, 3)
 
@@ -286,7 +287,7 @@ def test_an_array_that_can_be_read_in_two_ways_is_refused(shape, vit_pipeline):
     space = ImageSpace(vit_pipeline)
     with pytest.raises(InputImageError, match=r"can be read in two ways: convert with Image\.fromarray"):
         space.encode(pixels, 0)
-    assert space.encode(Image.fromarray(pixels), 0).mean((1, 2)).tolist() == [1, 0, 0]
+    assert space.encode(Image.fromarray(pixels), 0).x.mean((1, 2)).tolist() == [1, 0, 0]
 
 
 def broken_png() -> bytes:
@@ -343,7 +344,7 @@ def test_a_head_of_another_width_than_num_labels_is_refused_with_the_name_of_the
     vit_pipeline.model.config.num_labels = 5
     space = ImageSpace(vit_pipeline)
     with pytest.raises(UnsupportedModelError, match=r"config\.num_labels=5 for each image, got shape \[1, 3\]"):
-        space.model(space.encode(images[0], 0)[None])
+        space.model(space.encode(images[0], 0).x[None])
 
 
 def test_a_model_that_returns_a_tuple_is_refused_with_the_way_out(images, vit_pipeline):
@@ -351,7 +352,7 @@ def test_a_model_that_returns_a_tuple_is_refused_with_the_way_out(images, vit_pi
     space = ImageSpace(vit_pipeline)
     vit_pipeline.model.forward = lambda pixel_values: (torch.zeros(1, 3),)
     with pytest.raises(UnsupportedModelError, match=r"got tuple: set model\.config\.return_dict = True"):
-        space.model(space.encode(images[0], 0)[None])
+        space.model(space.encode(images[0], 0).x[None])
     vit_pipeline.model.config.return_dict = False
     with pytest.raises(UnsupportedModelError, match=r"got return_dict=False: set model\.config\.return_dict = True"):
         ImageSpace(vit_pipeline)

@@ -87,6 +87,22 @@ def test_no_class_probabilities_make_certificates_fail_more_often_than_alpha(int
     assert overall.max() > alpha / 100
 
 
+@pytest.mark.parametrize("n", [40, 80, 120])
+def test_max_upper_keeps_alpha_for_every_sample_size(n):
+    """Exact trinomial enumeration at n = 40, 80, 120. Of the selection sample the rule uses the first class alone."""
+    alpha, p = 0.01, simplex_grid(3, 24)
+    estimations, truth = outcomes(n, 3), true_radii(p)
+    chance = probabilities(estimations, p)
+    for top in range(3):
+        selection = np.eye(3, dtype=int)[top].tolist()
+        radius = np.array(
+            [Certificate.from_counts(selection, votes, sigma=1.0, alpha=alpha).radius for votes in estimations]
+        )
+        false = (radius[None] > truth[:, top, None] * (1 + 1e-12)) & (radius[None] > 0)
+        failing = (chance * false).sum(1)
+        assert alpha / 100 < failing.max() <= alpha
+
+
 def test_a_runner_up_taken_from_the_selection_sample_is_caught():
     """Negative control: the same enumeration must refuse a rule that is known to be unsound."""
     alpha = 0.05

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_certify.errors import InvalidLogitsError, UnsupportedModelError
 from hf_certify.noise import Stage, draw_noise
+from hf_certify.perturbation import GaussianNoise
 from hf_certify.sampling import count_votes, default_batch_size, require_eval_mode
 from tests.certify.toy_models import Slabs, half_space
 
@@ -20,7 +21,7 @@ def noise(n: int) -> Iterator[Tensor]:
 
 
 def votes(model: nn.Module, chunks: object, batch_size: int = 50, num_classes: int = 2) -> list[int]:
-    counts = count_votes(model, X, chunks, sigma=0.7, num_classes=num_classes, batch_size=batch_size)
+    counts = count_votes(model, GaussianNoise(X, 0.7), chunks, num_classes=num_classes, batch_size=batch_size)
     assert counts.dtype == np.int64
     return counts.tolist()
 
@@ -69,8 +70,15 @@ def test_the_last_batch_is_padded_and_the_padding_is_not_counted():
 
 def test_progress_adds_up_to_the_draws():
     reported: list[int] = []
-    count_votes(half_space(), X, noise(130), sigma=1.0, num_classes=2, batch_size=50, on_draws=reported.append)
+    so_far: list[int] = []
+
+    def on_batch(draws: int, counts: Tensor) -> None:
+        reported.append(draws)
+        so_far.append(int(counts.sum()))
+
+    count_votes(half_space(), GaussianNoise(X, 1.0), noise(130), num_classes=2, batch_size=50, on_batch=on_batch)
     assert reported == [50, 50, 30]
+    assert so_far == [50, 100, 130]
 
 
 def test_a_module_in_training_mode_is_named():

@@ -1,5 +1,6 @@
 """The smoothed classifier against classifiers whose smoothed versions are known in closed form."""
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -10,6 +11,7 @@ from hf_certify import (
     SmoothedClassifier,
     UnsupportedModelError,
 )
+from hf_certify.bounds import clopper_pearson_lower
 from hf_certify.noise import Stage, draw_noise
 from tests.certify.toy_models import Slabs, half_space
 
@@ -44,6 +46,38 @@ def test_certified_radius_stays_below_the_exact_one_with_three_classes(interval)
     else:
         assert 0.85 * exact < certificate.radius <= exact
         assert certificate.label == 1
+
+
+def mean_and_deviation_of_the_radius(p, n, alpha):
+    """Of the mono rule, in units of sigma, by a finite sum over all numbers of votes."""
+    # the rest has a chance below 1e-15
+    spread = 9 * np.sqrt(n * p * (1 - p)) + 50
+    votes = np.arange(max(0, int(n * p - spread)), min(n, int(n * p + spread)) + 1)
+    chance = stats.binom.pmf(votes, n, p)
+    bound = clopper_pearson_lower(votes, n, alpha)
+    radius = np.where(bound > 0.5, stats.norm.ppf(np.maximum(bound, 0.5)), 0.0)
+    mean = (chance * radius).sum()
+    return mean, np.sqrt((chance * (radius - mean) ** 2).sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("true_radius", [0.25, 0.5, 1.0, 2.0, 3.0, 3.5])
+def test_the_mean_radius_of_1000_runs_is_that_of_exact_binomial_sums(true_radius):
+    """Oracle: the votes of a half-space are binomial with p = Phi(R / sigma). Fails by chance once in 15,000."""
+    n, runs = 10_000, 1000
+    smoothed = SmoothedClassifier(half_space(1), sigma=1.0, num_classes=2, seed=3, batch_size=5000)
+    # the normal of one coordinate is -1
+    x = torch.full((1,), -true_radius)
+    radii = [smoothed.certify(x, n0=500, n=n, interval="cohen").radius for _ in range(runs)]
+    mean, deviation = mean_and_deviation_of_the_radius(stats.norm.cdf(true_radius), n, 0.001)
+    assert abs(np.mean(radii) - mean) <= 4 * deviation / runs**0.5 + 1e-8
+
+
+def test_with_100_000_draws_no_more_than_three_percent_of_a_radius_is_lost():
+    """Exact, between half a sigma and three."""
+    for true_radius in np.linspace(0.5, 3.0, 26):
+        mean, _ = mean_and_deviation_of_the_radius(stats.norm.cdf(true_radius), 100_000, 0.001)
+        assert 0.97 * true_radius <= mean < true_radius
 
 
 def test_certificate_carries_its_settings_and_verifies():

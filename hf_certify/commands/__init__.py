@@ -1,0 +1,1 @@
+"""The commands of ``hf-certify``, in groups; ``hf_certify.cli`` puts them together."""
