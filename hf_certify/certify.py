@@ -170,9 +170,12 @@ def _seed(seed: int | None, resume: str | os.PathLike[str] | None, processes: Pr
     """Return the root of all noise: the one given, that of the run that is continued, or one fresh for everybody."""
     if seed is not None:
         return seed
-    if resume is not None and (Path(resume) / HEADER_FILE).exists():
-        return int(read_header(resume)["config"]["seed"])
-    return int(processes.from_first(fresh_seed()))
+    root = 0
+    # process 0 decides for all: another may look when the header of this run is already there
+    if processes.rank == 0:
+        continued = resume is not None and (Path(resume) / HEADER_FILE).exists()
+        root = int(read_header(resume)["config"]["seed"]) if resume is not None and continued else fresh_seed()
+    return int(processes.from_first(root))
 
 
 def _require_storable(empty: CertificationReport, num_classes: int) -> None:
