@@ -90,7 +90,9 @@ def replace_file(target: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise ReportFolderError(f"{str(target)!r} could not be written: {error}.") from error
+            raise ReportFolderError(
+                f"{target.name} could not be written to {str(target.parent)!r}: {error}."
+            ) from error
         raise
 
 
